@@ -1,0 +1,191 @@
+"""Refuse bad arguments at the door, in one wording: name, rule, value."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+WordT = TypeVar("WordT", bound=str)
+
+
+class NotAnOperationError(TypeError):
+    """What was given as an operation can't be awaited: a mistake in the program, not a failure.
+
+    It ends the whole job, as the `TypeError` it is, and is never retried, counted or collected.
+    """
+
+
+# --- numbers and words --------------------------------------------------------------------------
+
+
+def integer(name: str, value: object, *, minimum: int) -> int:
+    """Return *value* if it is an integer of at least *minimum*; a bool is not an integer."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be >= {minimum}, got {value!r}")
+    return int(value)
+
+
+def number(name: str, value: object, *, minimum: float = 0.0, finite: bool = False) -> float:
+    """Return *value* as a float if it is a real number of at least *minimum*."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number, got {value!r}")
+    if not value >= minimum:  # written this way round so that NaN fails too
+        raise ValueError(f"`{name}` must be >= {minimum:g}, got {value!r}")
+    if finite and value == math.inf:
+        raise ValueError(f"`{name}` must be finite, got {value!r}")
+    return float(value)
+
+
+def seconds(name: str, value: object, *, finite: bool = False) -> float:
+    """Return *value* as seconds: a number or a `datetime.timedelta`, and not negative."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be seconds or a timedelta, got {value!r}")
+    return number(name, value, finite=finite)
+
+
+def one_of(name: str, value: WordT, allowed: tuple[WordT, ...]) -> WordT:
+    """Return *value* if it is one of the *allowed* words."""
+    if value not in allowed:
+        words = ", ".join(map(repr, allowed))
+        raise ValueError(f"`{name}` must be one of {words}, got {value!r}")
+    return value
+
+
+def sync_callback(name: str, value: object) -> None:
+    """Refuse what can't be called, and an async function where a plain one is called."""
+    if not callable(value):
+        raise TypeError(f"`{name}` must be a function, got {value!r}")
+    if inspect.iscoroutinefunction(value):
+        raise TypeError(f"`{name}` must be a plain function, not an async one, got {value!r}")
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+
+def operation(name: str, fn: object) -> None:
+    """Refuse what is known not to be an async callable; close a coroutine object.
+
+    A lambda or an object may well return a coroutine: only its call can tell, see `awaitable`.
+    """
+    if isinstance(fn, Coroutine):
+        refuse_coroutine(name, fn)
+    if not callable(fn):
+        raise NotAnOperationError(f"`{name}` must be an async function, got {fn!r}")
+    if _is_known_sync(fn):
+        raise NotAnOperationError(
+            f"`{name}` must be an async function, got the sync {label(fn)}: make it `async def`,"
+            f" or run it in a thread: functools.partial(trio.to_thread.run_sync, {label(fn)})"
+        )
+
+
+def operations(name: str, fns: Iterable[object]) -> None:
+    """Check each of *fns* before any of them runs; close every coroutine object among them."""
+    try:
+        for index, fn in enumerate(fns):
+            inner = fn.func if type(fn) is functools.partial else fn
+            # The usual case, told in one step: what comes here may be a long list.
+            if type(inner) is types.FunctionType and inner.__code__.co_flags & _ASYNC_DEF:
+                continue
+            operation(f"{name}[{index}]", fn)
+    except TypeError:
+        for fn in fns:
+            if isinstance(fn, Coroutine):
+                fn.close()
+        raise
+
+
+def refuse_coroutine(name: str, coro: Coroutine[Any, Any, Any]) -> NoReturn:
+    """Close *coro*, so that no "never awaited" warning follows, and say what to pass instead."""
+    called = getattr(coro, "__name__", "fn")
+    coro.close()
+    raise NotAnOperationError(
+        f"`{name}` must be an async function, got a coroutine object: pass the function without"
+        f" calling it, {called}, or functools.partial({called}, ...) with its arguments"
+    )
+
+
+def require_awaitable(fn: object, value: object) -> Awaitable[Any]:
+    """Return *value*, which *fn* returned, if it can be awaited."""
+    if isinstance(value, Awaitable):
+        return value
+    raise NotAnOperationError(
+        f"{label(fn)} must be an async function, but it returned {value!r}, which can't be awaited"
+    )
+
+
+def awaitable(fn: Callable[..., object], *args: object) -> Awaitable[Any]:
+    """Call *fn* and return what is to be awaited, or raise `NotAnOperationError`."""
+    if isinstance(fn, Coroutine) or not callable(fn):
+        operation("fn", fn)
+    return require_awaitable(fn, fn(*args))
+
+
+def label(fn: object) -> str:
+    """Return the name by which a user knows *fn*."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    name = getattr(fn, "__qualname__", None)
+    return name if isinstance(name, str) else repr(fn)
+
+
+_ASYNC_DEF = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE
+
+
+def _is_known_sync(fn: object) -> bool:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    if inspect.iscoroutinefunction(fn):
+        return False
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        return not _has_async_flag(fn)
+    if isinstance(fn, type):
+        return not issubclass(fn, Awaitable)
+    if isinstance(fn, types.BuiltinFunctionType):
+        return isinstance(fn.__self__, types.ModuleType)
+    if isinstance(fn, types.MethodType):
+        fn = fn.__func__
+    return isinstance(fn, types.FunctionType) and not _may_return_awaitable(fn)
+
+
+def _may_return_awaitable(fn: types.FunctionType) -> bool:
+    """Tell whether a plain function shows that it hands on an awaitable: then its call decides."""
+    returns = str(fn.__annotations__.get("return", ""))
+    cells = (cell.cell_contents for cell in fn.__closure__ or () if _is_filled(cell))
+    return (
+        fn.__name__ == "<lambda>"
+        or _has_async_flag(fn)
+        or "Awaitable" in returns
+        or "Coroutine" in returns
+        or (hasattr(fn, "__wrapped__") and not _is_known_sync(fn.__wrapped__))
+        or any(callable(content) and _is_async(content) for content in cells)
+    )
+
+
+def _has_async_flag(fn: object) -> bool:
+    code = getattr(fn, "__code__", None)
+    return code is not None and bool(code.co_flags & _ASYNC_DEF)
+
+
+def _is_async(fn: object) -> bool:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
+        getattr(type(fn), "__call__", None)
+    )
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return bool(cell.cell_contents) or True
+    except ValueError:
+        return False

@@ -1,0 +1,3 @@
+"""The command line, behind the extra ``cli``: `main` runs it."""
+
+from trio_resilience._cli._app import main as main

@@ -1,0 +1,155 @@
+"""Understand the command line, run the command, and turn what comes of it into an exit status."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path  # noqa: TC003 - cyclopts reads the annotations when it runs
+from typing import TYPE_CHECKING, Annotated, Final
+
+import trio
+from cyclopts import App, CycloptsError, Parameter
+
+from trio_resilience._cli._demo import Setting, run_demo
+from trio_resilience._cli._faults import ProfileName  # noqa: TC001 - as above
+from trio_resilience._cli._fetch import Options, run_fetch
+from trio_resilience._cli._terminal import EXIT_INTERRUPTED, EXIT_USAGE, UsageError, complain
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cyclopts import Token
+
+NAME: Final = "python -m trio_resilience"
+
+
+def _version() -> str:
+    try:
+        return version("trio_resilience")
+    except PackageNotFoundError:
+        return "not installed"  # run from a source tree
+
+
+app = App(
+    name=NAME,
+    help="Fetch many pages at a time from servers that fail now and then.",
+    version=_version,
+    backend="trio",
+    default_parameter=Parameter(negative=()),
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
+
+
+def _positive(_type: object, value: float) -> None:
+    if not value > 0:  # written this way round so that NaN fails too
+        raise ValueError("Must be > 0.")
+
+
+def _whole(_type: object, tokens: Sequence[Token]) -> int:
+    # Left to itself, cyclopts rounds 1.5 to a number that nobody asked for.
+    return int(tokens[0].value)
+
+
+Count = Annotated[int, Parameter(converter=_whole, validator=_positive)]
+Seconds = Annotated[float, Parameter(validator=_positive)]
+
+
+@app.command
+@app.default
+async def demo(
+    *,
+    requests: Count = 200,
+    max_concurrency: Count = 10,
+    seed: Annotated[int, Parameter(converter=_whole)] = 1,
+    faults: ProfileName = "mild",
+    json: bool = False,
+) -> int:
+    """Fetch pages from a server on this machine that misbehaves, with and without the library.
+
+    The exit status is 0 if every page was fetched, but for those that the script makes fail for
+    ever (in harsh), and never more than max-concurrency requests were in progress at once, as the
+    client sees it and as the server does.
+
+    Parameters
+    ----------
+    requests
+        How many pages.
+    max_concurrency
+        How many at a time.
+    seed
+        The same seed brings the same faults.
+    faults
+        How badly the server behaves. Harsh has pages that fail for ever.
+    json
+        Print the result as JSON.
+    """
+    setting = Setting(requests, max_concurrency, seed, faults)
+    return await run_demo(setting, as_json=json)
+
+
+@app.command
+async def fetch(
+    *urls: str,
+    input: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,  # noqa: A002 - the option's name
+    output_dir: Path | None = None,
+    max_concurrency: Count = 10,
+    timeout: Seconds = 30.0,
+    max_attempts: Count = 4,
+) -> int:
+    """Fetch URLs, and print a line of JSON for each as soon as it is done.
+
+    A line has the url, the status of the last response, the number of attempts, the seconds from
+    the first to the end of the last, the bytes of the body, and the error, or null. What may pass
+    is tried again, after as long as the server asks for.
+
+    The exit status is 0 if every URL was fetched, 1 if any failed, 2 if the command or its input
+    can't be used, 130 after Ctrl-C (which stops what is under way, and reports what is done), and
+    141 if nobody reads the output any more.
+
+    Parameters
+    ----------
+    urls
+        The URLs, http or https.
+    input
+        A file with a URL on each line, or - for stdin. It is read as fast as it is worked through,
+        and may be endless. Empty lines and those that begin with # are skipped.
+    output_dir
+        Save the bodies here, each under a name of its own, which its line gives as file.
+    max_concurrency
+        How many at a time.
+    timeout
+        Seconds for each URL, all attempts and the waits between them included.
+    max_attempts
+        How often each URL is tried.
+    """
+    directory = None if output_dir is None else trio.Path(output_dir)
+    options = Options(
+        max_concurrency=max_concurrency,
+        max_attempts=max_attempts,
+        timeout=timeout,
+        output_dir=directory,
+    )
+    return await run_fetch(urls, input, options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the *arguments* name (default: the process's own); return its status."""
+    status = EXIT_INTERRUPTED
+    try:
+        status = _run(sys.argv[1:] if arguments is None else arguments)
+    except* KeyboardInterrupt:
+        complain("interrupted")
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        status: int | None = app(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        complain(f"{error} Try {NAME} --help.")
+        return EXIT_USAGE
+    except UsageError as error:
+        complain(str(error))
+        return EXIT_USAGE
+    return status or 0  # the help has none

@@ -1,0 +1,87 @@
+"""Talk to the person at the terminal, and to the program at the other end of the pipe."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Final
+
+import trio
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
+EXIT_BROKEN_PIPE: Final = 141
+"""128 + SIGPIPE, as a shell reports it; not every system has the signal."""
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message is the one line that says why."""
+
+
+def complain(message: str) -> None:
+    """Write one line to stderr."""
+    print(f"trio_resilience: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def write_stdout(text: str) -> None:
+    """Write all of *text* to stdout at once.
+
+    Past `sys.stdout`, whose lock and buffer would come up again when the interpreter ends: a pipe
+    that was broken, or a thread that still waits for a slow reader, would then be an error message.
+    """
+    rest = memoryview(text.encode())
+    while rest:
+        rest = rest[os.write(sys.stdout.fileno(), rest) :]
+
+
+async def write_stdout_line(text: str) -> None:
+    """Write a line to stdout; a reader that takes its time does not hold up the other tasks."""
+    await trio.to_thread.run_sync(write_stdout, f"{text}\n", abandon_on_cancel=True)
+
+
+def render(*parts: RenderableType) -> str:
+    """Return the parts as stdout can show them: in colour only on a terminal."""
+    console = Console(highlight=False)
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part)
+    return capture.get()
+
+
+def progress_bar() -> Progress:
+    """Return a progress display on stderr, which shows itself only if that is a terminal."""
+    console = Console(stderr=True)
+    # On the same terminal, lines on stdout would tear the display apart; and they are progress too.
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=False,
+    )
+
+
+async def cancel_on_interrupt(
+    scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Cancel *scope* at the first Ctrl-C; a second one interrupts the program as usual.
+
+    A `KeyboardInterrupt` can come up between any two lines, so also between the work and its
+    report; a cancellation comes where the program waits.
+    """
+    with trio.open_signal_receiver(signal.SIGINT) as signals:
+        task_status.started()
+        await anext(aiter(signals))
+    scope.cancel()

@@ -1,0 +1,674 @@
+"""Run many operations, a bounded number of them at a time, beneath a nursery that you own."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sized
+from datetime import timedelta
+from functools import partial
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    Never,
+    Self,
+    TypeAlias,
+    TypeVar,
+    TypeVarTuple,
+    final,
+    overload,
+)
+
+import trio
+from outcome import Error, Value
+from trio.lowlevel import enable_ki_protection
+
+from trio_resilience._checks import (
+    integer,
+    label,
+    one_of,
+    operation,
+    operations,
+    seconds,
+    sync_callback,
+)
+from trio_resilience._engine._join import Job, check_nursery, join
+from trio_resilience._engine._outbox import ENDED, Outbox
+from trio_resilience._engine._policy import Policy
+from trio_resilience._engine._pool import MISSING, OnError, Plan, Pool
+from trio_resilience._engine._traceback import add_note_once
+from trio_resilience._errors import (
+    BulkheadFullError,
+    OperationsCancelledError,
+    OperationsFailedError,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+T = TypeVar("T")
+R = TypeVar("R")
+K = TypeVar("K")
+Ts = TypeVarTuple("Ts")
+
+Source: TypeAlias = Iterable[T] | AsyncIterable[T]
+Operation: TypeAlias = Callable[[], Awaitable[T]]
+Outcome: TypeAlias = Value[T] | Error
+Raising: TypeAlias = Literal["cancel", "continue"]
+Bound: TypeAlias = int | trio.CapacityLimiter
+Seconds: TypeAlias = float | timedelta
+OnDone: TypeAlias = Callable[[int, Outcome[T]], object]
+
+
+async def run_in(
+    nursery: trio.Nursery | None,
+    fn: Callable[[*Ts], Awaitable[T]],
+    *args: *Ts,
+    policy: Policy[Never] | None = None,
+    name: str | None = None,
+) -> T:
+    """Run ``fn(*args)`` as a child task of *nursery* and return its result here.
+
+    A failure surfaces here, as the same object, and never crashes the nursery. Cancelling the
+    caller, or Ctrl-C in it, cancels the child and waits until it has ended; so does the deadline
+    that the caller is under.
+
+    Args:
+        nursery: where the child lives; ``None`` opens a nursery for this call.
+        fn: an async function, called with *args*.
+        policy: run the operation under this policy.
+        name: label of the task and of the policy's events; by default the function's name.
+
+    Raises:
+        OperationsCancelledError: the nursery was cancelled, but not the caller.
+        BaseExceptionGroup: the child raised something that is not an `Exception`.
+        RuntimeError: the nursery's block has ended.
+
+    Example::
+
+        async with trio.open_nursery() as nursery:
+            user = await run_in(nursery, fetch_user, 7, policy=Retry(max_attempts=5))
+    """
+    check_nursery(nursery)
+    operation("fn", fn)
+    if policy is not None:
+        _checked_policy(policy)
+    await trio.lowlevel.checkpoint_if_cancelled()
+    title = label(fn) if name is None else name
+    call: Callable[..., Awaitable[T]] = fn
+    if policy is not None:
+        call = partial(policy.call, fn, name=title)
+    job = await join(nursery, call, *args, name=title)
+    return job.result()
+
+
+@overload
+async def run_with_limit(
+    nursery: trio.Nursery | None,
+    ops: Source[Operation[T]],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: Raising = "cancel",
+    on_done: OnDone[T] | None = None,
+) -> list[T]: ...
+@overload
+async def run_with_limit(
+    nursery: trio.Nursery | None,
+    ops: Source[Operation[T]],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: Literal["collect"],
+    on_done: OnDone[T] | None = None,
+) -> list[Outcome[T]]: ...
+async def run_with_limit(
+    nursery: trio.Nursery | None,
+    ops: Source[Operation[T]],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: OnError = "cancel",
+    on_done: OnDone[T] | None = None,
+) -> list[T] | list[Outcome[T]]:
+    """Run every operation, *max_concurrency* at a time, and return their results in order.
+
+    When this returns or raises, everything it started has ended. A failing operation never
+    crashes *nursery*: it surfaces here. Cancelling the caller, or Ctrl-C in it, cancels the
+    operations and waits for them, wherever *nursery* lies; so does the caller's deadline.
+
+    Args:
+        nursery: where the work lives: a supervising task is started in it, and the operations run
+            beneath that; ``None`` opens a nursery for this call.
+        ops: zero-argument async callables: an iterable or async iterable, pulled lazily, in
+            order, at most *max_concurrency* ahead of what has finished, in the caller's context.
+        max_concurrency: how many run at once; or a `trio.CapacityLimiter`, to share one bound
+            between calls: a permit of it is taken before an operation is pulled.
+        queue_size: refuse more than ``max_concurrency + queue_size`` of sized *ops* at the door.
+        timeout: seconds that each operation may take, its policy and all its attempts included,
+            its wait for a permit not. Expiry is its failure, an `OperationTimeoutError`.
+        batch_size: run this many, wait until all of them have finished, then the next batch.
+        delay_between_batches: seconds between the end of a batch and the start of the next.
+        policy: what each operation runs under. A retry keeps its slot while it backs off.
+        on_error: ``"cancel"``: the first failure cancels the rest; ``"continue"``: all run; both
+            raise one group of all failures in the end. ``"collect"``: all run, and the list is of
+            `outcome.Value` and `outcome.Error`.
+        on_done: called as ``on_done(index, outcome)`` when an operation is done, in the order in
+            which they finish, in the caller's context. If it raises, the job ends with that error.
+
+    Raises:
+        OperationsFailedError: an exception group of what the operations raised; each leaf has a
+            note such as ``operation 3``, and ``.outcomes`` has what did succeed.
+        OperationsCancelledError: the nursery was cancelled, but not the caller.
+        BulkheadFullError: there are more operations than *queue_size* allows.
+        BaseExceptionGroup: an operation raised something that is not an `Exception`.
+        TypeError: something that is not an async callable was given as an operation.
+        RuntimeError: the nursery's block has ended; or this call waits for a permit of a limiter
+            of which the operation that made the call holds one.
+
+    Each operation runs in its own copy of the caller's context, in a task that it shares with
+    others, one after the other: one that leaves a `trio.Lock` held hands it to the next.
+
+    Example::
+
+        async with trio.open_nursery() as nursery:
+            users = await run_with_limit(
+                nursery, [partial(fetch_user, id) for id in ids], max_concurrency=5
+            )
+    """
+    check_nursery(nursery)
+    plan = _plan(
+        "run_with_limit", None, ops, max_concurrency, queue_size, timeout, batch_size,
+        delay_between_batches, policy, on_error, on_done,
+    )  # fmt: skip
+    return await _run(nursery, plan, ops)
+
+
+@overload
+async def map_with_limit(
+    nursery: trio.Nursery | None,
+    fn: Callable[[T], Awaitable[R]],
+    items: Source[T],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: Raising = "cancel",
+    on_done: OnDone[R] | None = None,
+) -> list[R]: ...
+@overload
+async def map_with_limit(
+    nursery: trio.Nursery | None,
+    fn: Callable[[T], Awaitable[R]],
+    items: Source[T],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: Literal["collect"],
+    on_done: OnDone[R] | None = None,
+) -> list[Outcome[R]]: ...
+async def map_with_limit(
+    nursery: trio.Nursery | None,
+    fn: Callable[[T], Awaitable[R]],
+    items: Source[T],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: OnError = "cancel",
+    on_done: OnDone[R] | None = None,
+) -> list[R] | list[Outcome[R]]:
+    """Run ``fn(item)`` for every item, *max_concurrency* at a time; return the results in order.
+
+    All is as in `run_with_limit`, but for the note on a failed leaf, which shows the item too:
+    ``operation 3: 'https://…'``.
+
+    Example::
+
+        async with trio.open_nursery() as nursery:
+            pages = await map_with_limit(nursery, fetch, urls, max_concurrency=5, timeout=30)
+    """
+    check_nursery(nursery)
+    plan = _plan(
+        "map_with_limit", fn, items, max_concurrency, queue_size, timeout, batch_size,
+        delay_between_batches, policy, on_error, on_done,
+    )  # fmt: skip
+    return await _run(nursery, plan, items)
+
+
+@overload
+def stream_with_limit(
+    nursery: trio.Nursery | None,
+    ops: Source[Operation[T]],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: Raising = "cancel",
+    ordered: bool = False,
+    buffer: int = 0,
+) -> Stream[int, T]: ...
+@overload
+def stream_with_limit(
+    nursery: trio.Nursery | None,
+    ops: Source[Operation[T]],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: Literal["collect"],
+    ordered: bool = False,
+    buffer: int = 0,
+) -> Stream[int, Outcome[T]]: ...
+def stream_with_limit(
+    nursery: trio.Nursery | None,
+    ops: Source[Operation[T]],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: OnError = "cancel",
+    ordered: bool = False,
+    buffer: int = 0,
+) -> Stream[int, T] | Stream[int, Outcome[T]]:
+    """Run operations, *max_concurrency* at a time, and yield ``(index, result)`` as they finish.
+
+    Memory is constant: at most ``max_concurrency + buffer`` operations are running or waiting to
+    be consumed, so a slow consumer slows them down, and an endless iterable is welcome. Leaving
+    the block early cancels the rest and waits for it.
+
+    All is as in `run_with_limit`, and further:
+
+    Args:
+        ordered: yield in the order of *ops*; then a slow operation at the head holds back new ones.
+        buffer: how many results may wait for the consumer beyond *max_concurrency*.
+
+    Raises:
+        OperationsFailedError: from the iterator, after all results that had finished; or at the
+            end of the block, if that was left before. An error of the block's body wins over it.
+        OperationsCancelledError: from the iterator: the nursery was cancelled, but not the caller.
+
+    Example::
+
+        async with stream_with_limit(nursery, ops, max_concurrency=5) as results:
+            async for index, result in results:
+                print(index, result)
+    """
+    check_nursery(nursery)
+    plan = _plan(
+        "stream_with_limit", None, ops, max_concurrency, queue_size, timeout, batch_size,
+        delay_between_batches, policy, on_error, None,
+    )  # fmt: skip
+    return Stream(nursery, plan, ops, ordered=ordered, buffer=buffer)
+
+
+@overload
+def stream_map_with_limit(
+    nursery: trio.Nursery | None,
+    fn: Callable[[T], Awaitable[R]],
+    items: Source[T],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: Raising = "cancel",
+    ordered: bool = False,
+    buffer: int = 0,
+) -> Stream[T, R]: ...
+@overload
+def stream_map_with_limit(
+    nursery: trio.Nursery | None,
+    fn: Callable[[T], Awaitable[R]],
+    items: Source[T],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: Literal["collect"],
+    ordered: bool = False,
+    buffer: int = 0,
+) -> Stream[T, Outcome[R]]: ...
+def stream_map_with_limit(
+    nursery: trio.Nursery | None,
+    fn: Callable[[T], Awaitable[R]],
+    items: Source[T],
+    *,
+    max_concurrency: Bound = 10,
+    queue_size: int | None = None,
+    timeout: Seconds = math.inf,
+    batch_size: int | None = None,
+    delay_between_batches: Seconds = 0.0,
+    policy: Policy[Never] | None = None,
+    on_error: OnError = "cancel",
+    ordered: bool = False,
+    buffer: int = 0,
+) -> Stream[T, R] | Stream[T, Outcome[R]]:
+    """Run ``fn(item)`` for every item and yield ``(item, result)`` as they finish.
+
+    All is as in `stream_with_limit`, but for the item in the place of the index.
+
+    Example::
+
+        async with stream_map_with_limit(nursery, fetch, urls, max_concurrency=5) as pages:
+            async for url, page in pages:
+                print(url, len(page))
+    """
+    check_nursery(nursery)
+    plan = _plan(
+        "stream_map_with_limit", fn, items, max_concurrency, queue_size, timeout, batch_size,
+        delay_between_batches, policy, on_error, None,
+    )  # fmt: skip
+    return Stream(nursery, plan, items, ordered=ordered, buffer=buffer)
+
+
+@final
+class Stream(Generic[K, R]):
+    """Results as they finish: ``async with`` runs the operations, ``async for`` yields results.
+
+    Made by `stream_with_limit` and `stream_map_with_limit`. One task at a time may iterate.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery | None,
+        plan: Plan,
+        items: Source[Any],
+        *,
+        ordered: bool,
+        buffer: int,
+    ) -> None:
+        self._nursery = nursery
+        self._plan = plan
+        self._items = items
+        buffer = integer("buffer", buffer, minimum=0)
+        bound = plan.max_concurrency
+        self._outbox = Outbox(
+            capacity=(
+                (lambda: bound + buffer)
+                if isinstance(bound, int)
+                else (lambda: bound.total_tokens + buffer)
+            ),
+            ordered=_flag("ordered", ordered),
+        )
+        self._own_nursery: Any = None
+        self._job: Job[None] | None = None
+        self._pool: Pool | None = None
+        self._is_open = False
+        self._reason_was_given = False
+
+    def __repr__(self) -> str:
+        state = "open" if self._is_open else "not entered" if self._job is None else "closed"
+        return f"<{self._plan.kind}: {state}>"
+
+    @enable_ki_protection
+    async def __aenter__(self) -> Self:
+        if self._job is not None:
+            raise RuntimeError(f"a {self._plan.kind} block can be entered only once")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._pool = pool = _pool(self._plan, self._items, self._outbox)
+        self._job = job = Job()
+        job.on_done = self._outbox.end
+        nursery = self._nursery
+        if nursery is None:
+            self._own_nursery = trio.open_nursery()
+            nursery = await self._own_nursery.__aenter__()
+        job.start(nursery, pool.run, name=self._plan.kind)
+        self._is_open = True
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return self
+
+    def __aiter__(self) -> AsyncIterator[tuple[K, R]]:
+        if self._job is None:
+            kind = self._plan.kind
+            raise TypeError(
+                f"{kind} needs a block of its own: `async with {kind}(...) as results:` and in it"
+                " `async for ... in results:`"
+            )
+        return self
+
+    async def __anext__(self) -> tuple[K, R]:
+        if not self._is_open:
+            raise trio.ClosedResourceError("the block of this stream has ended")
+        result = await self._outbox.take()
+        if result is not ENDED:
+            pair: tuple[K, R] = result
+            return pair
+        assert self._job is not None
+        assert self._pool is not None
+        if not self._reason_was_given:
+            self._reason_was_given = True
+            _raise(self._job, _take_failure(self._job, self._pool))
+        raise StopAsyncIteration
+
+    @enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._job is not None
+        assert self._pool is not None
+        self._is_open = False
+        if not self._job.is_done:
+            self._job.scope.cancel()
+        await self._job.wait()
+        if self._own_nursery is not None:
+            await self._own_nursery.__aexit__(None, None, None)
+        if self._reason_was_given:
+            return
+        failure = _take_failure(self._job, self._pool, left_early=True, body_error=exc)
+        try:
+            if exc is not None and (failure is None or isinstance(failure, Exception)):
+                _add_context(exc, failure)
+            else:
+                _raise(self._job, failure)
+        finally:
+            del failure, exc
+
+
+# --- how a call ends ----------------------------------------------------------------------------
+
+
+async def _run(nursery: trio.Nursery | None, plan: Plan, items: Source[Any]) -> list[Any]:
+    await trio.lowlevel.checkpoint_if_cancelled()
+    pool = _pool(plan, items)
+    job = await join(nursery, pool.run, name=plan.kind)
+    failure = _take_failure(job, pool)
+    try:
+        if failure is not None or not pool.is_complete:
+            _raise(job, failure)
+        return pool.results
+    finally:
+        del failure
+
+
+def _raise(job: Job[None], failure: BaseException | None) -> None:
+    """Raise *failure*; but if the wait for the job was cancelled, that, with it as context."""
+    try:
+        if failure is not None:
+            raise failure
+    finally:
+        del failure
+        job.raise_if_interrupted()
+
+
+def _take_failure(
+    job: Job[None],
+    pool: Pool,
+    *,
+    left_early: bool = False,
+    body_error: BaseException | None = None,
+) -> BaseException | None:
+    """Return what is to be raised for a job that has ended; the pool keeps no part of it."""
+    failures, pool.failures = pool.failures, {}
+    errors = [error for _, (_, error) in sorted(failures.items())]
+    source_error, pool.error = pool.error, None
+    if job.error is not None:
+        stopper, job.error = job.error, None
+        leaves = stopper.exceptions if isinstance(stopper, BaseExceptionGroup) else (stopper,)
+        return job.stopped_by(*leaves, *errors, *(() if body_error is None else (body_error,)))
+    if source_error is not None:
+        return _group(pool, failures, source_error) if errors else source_error
+    if job.was_cancelled and not left_early and not job.was_interrupted:
+        return OperationsCancelledError(errors)
+    return _group(pool, failures) if errors else None
+
+
+def _group(
+    pool: Pool, failures: dict[int, tuple[Any, Exception]], *others: Exception
+) -> OperationsFailedError:
+    for index, (item, error) in failures.items():
+        shown = f": {reprlib.repr(item)}" if pool.plan.is_map else ""
+        add_note_once(error, "operation ", f"{index}{shown}")
+    total = len(pool.items) if isinstance(pool.items, Sized) else pool.started
+    errors = [error for _, (_, error) in sorted(failures.items())]
+    group = OperationsFailedError(
+        f"{len(errors)} of {total} operations failed", [*errors, *others]
+    )
+    group.outcomes = _outcomes(pool, failures, total)
+    return group
+
+
+def _outcomes(
+    pool: Pool, failures: dict[int, tuple[Any, Exception]], total: int
+) -> list[Outcome[Any] | None]:
+    if pool.outbox is not None:
+        return [Error(error) for _, (_, error) in sorted(failures.items())]
+    outcomes: list[Outcome[Any] | None] = [None] * total
+    for index, result in enumerate(pool.results):
+        if result is not MISSING:
+            outcomes[index] = result if pool.plan.on_error == "collect" else Value(result)
+    for index, (_, error) in failures.items():
+        outcomes[index] = Error(error)
+    return outcomes
+
+
+def _add_context(error: BaseException, context: BaseException | None) -> None:
+    """Make *context* the origin of the chain that a traceback of *error* shows."""
+    while error is not context and error.__context__ is not None:
+        error = error.__context__
+    if error is not context:
+        error.__context__ = context
+
+
+# --- checks at the door -------------------------------------------------------------------------
+
+
+def _plan(
+    kind: str,
+    fn: Callable[[Any], Awaitable[Any]] | None,
+    items: object,
+    max_concurrency: object,
+    queue_size: object,
+    timeout: object,
+    batch_size: object,
+    delay_between_batches: object,
+    policy: object,
+    on_error: OnError,
+    on_done: Callable[[int, Any], object] | None,
+) -> Plan:
+    """Check what the four functions have in common, before anything runs."""
+    if fn is not None:
+        operation("fn", fn)
+    _check_source("ops" if fn is None else "items", items, are_operations=fn is None)
+    prefix: tuple[Callable[..., Any], ...] = () if fn is None else (fn,)
+    if policy is not None:
+        prefix = (_checked_policy(policy).call, *prefix)
+    if on_done is not None:
+        sync_callback("on_done", on_done)
+    plan = Plan(
+        kind=kind,
+        prefix=prefix,
+        max_concurrency=_checked_bound(max_concurrency),
+        timeout=seconds("timeout", timeout),
+        batch_size=None if batch_size is None else integer("batch_size", batch_size, minimum=1),
+        delay_between_batches=seconds("delay_between_batches", delay_between_batches, finite=True),
+        on_error=one_of("on_error", on_error, ("cancel", "continue", "collect")),
+        on_done=on_done,
+        is_map=fn is not None,
+    )
+    if plan.delay_between_batches > 0 and batch_size is None:
+        raise ValueError("`delay_between_batches` needs a `batch_size`")
+    if queue_size is not None:
+        _check_room(plan, items, integer("queue_size", queue_size, minimum=0))
+    return plan
+
+
+def _checked_bound(max_concurrency: object) -> int | trio.CapacityLimiter:
+    if isinstance(max_concurrency, trio.CapacityLimiter):
+        return max_concurrency
+    return integer("max_concurrency", max_concurrency, minimum=1)
+
+
+def _checked_policy(policy: object) -> Policy[Any]:
+    if isinstance(policy, Policy):
+        checked: Policy[Any] = policy
+        return checked
+    raise TypeError(f"`policy` must be a policy such as Retry(), got {policy!r}")
+
+
+def _check_source(name: str, items: object, *, are_operations: bool) -> None:
+    if not isinstance(items, (Iterable, AsyncIterable)):
+        raise TypeError(f"`{name}` must be an iterable or async iterable, got {items!r}")
+    if are_operations and isinstance(items, (list, tuple)):
+        operations(name, items)
+
+
+def _check_room(plan: Plan, items: object, queue_size: int) -> None:
+    bound = plan.max_concurrency
+    capacity = queue_size + (bound if isinstance(bound, int) else bound.total_tokens)
+    if isinstance(items, Sized) and len(items) > capacity:
+        raise BulkheadFullError(plan.kind, capacity, len(items))
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}")
+    return value
+
+
+def _pool(plan: Plan, items: Source[Any], outbox: Outbox | None = None) -> Pool:
+    """Open the source, in the caller's task; what it pulls and calls runs in that task's context."""
+    caller = trio.lowlevel.current_task().context
+    is_async = isinstance(items, AsyncIterable) and not isinstance(items, Iterable)
+    return Pool(plan, aiter(items) if is_async else items, caller, outbox)

@@ -1,0 +1,62 @@
+"""Run an operation in a context of its own, inside a task that it shares with others.
+
+`Drive` is awaited by a worker task. Its first step goes through `contextvars.Context.run`; for
+the later ones the worker has set ``task.context``, so that trio itself enters the context. (To
+wrap every step instead would break `trio.from_thread.run`, which swaps ``task.context``.)
+
+No Python frame stands between the worker's and the operation's: ``__next__``, ``send``, ``throw``
+and ``close`` are C callables, looked up through slots and properties. So Ctrl-C lands in the
+operation or in the worker but never between a step and the scheduler, and trio sees through to
+the operation's frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Coroutine
+from contextvars import Context, ContextVar
+from functools import partial
+from operator import attrgetter
+from types import CoroutineType
+from typing import Any, Self, final
+
+from trio_resilience._checks import require_awaitable
+
+
+@final
+class Drive:
+    """An awaitable that a worker uses again for each of its operations."""
+
+    __slots__ = ("__next__", "coro", "send")
+
+    throw = property(attrgetter("coro.throw"))
+    close = property(attrgetter("coro.close"))
+    # trio follows these two to show where a task is.
+    cr_frame = property(attrgetter("coro.cr_frame"))
+    cr_await = property(attrgetter("coro.cr_await"))
+
+    def load(self, context: Context, coro: Coroutine[Any, Any, Any]) -> None:
+        """Make *coro* what the next ``await`` of this object runs, in *context*."""
+        self.coro = coro
+        self.send = send = coro.send
+        self.__next__ = partial(context.run, send, None)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __await__(self) -> Self:
+        return self
+
+
+# Which operation the context belongs to that the interpreter is in. An operation that never gave
+# up control leaves the interpreter in the context of whatever ran in this step before it.
+operation_mark: ContextVar[int | None] = ContextVar("operation_mark", default=None)
+
+
+def as_coroutine(fn: object, value: object) -> Coroutine[Any, Any, Any]:
+    """Return what *fn* returned as a coroutine, or raise `NotAnOperationError`."""
+    awaitable = require_awaitable(fn, value)
+    return awaitable if type(awaitable) is CoroutineType else _wait_for(awaitable)
+
+
+async def _wait_for(awaitable: Awaitable[object]) -> object:
+    return await awaitable

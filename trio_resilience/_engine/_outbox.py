@@ -1,0 +1,111 @@
+"""Results on their way to one consumer: in a bounded number, as completed or in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, final
+
+import attrs
+import trio
+from outcome import Value
+from trio.lowlevel import Abort, Task
+
+_SKIPPED: Final = object()
+ENDED: Final = object()
+
+
+@final
+@attrs.define(eq=False)
+class Outbox:
+    """Hold what is running or finished but not yet taken, at most *capacity()* of it.
+
+    An operation takes its place before it starts and keeps it until its result is taken or turns
+    out to be none. So a slow consumer holds back new operations, and so does, in order, a slow one
+    at the head.
+    """
+
+    capacity: Callable[[], float]
+    ordered: bool
+    _places: int = attrs.field(default=0, init=False)
+    _ready: deque[Any] = attrs.field(factory=deque, init=False)
+    _early: dict[int, Any] = attrs.field(factory=dict, init=False)
+    """Finished before their turn, by number; unused unless in order."""
+    _turn: int = attrs.field(default=0, init=False)
+    _has_ended: bool = attrs.field(default=False, init=False)
+    _stalled: deque[Task] = attrs.field(factory=deque, init=False)
+    _consumer: Task | None = attrs.field(default=None, init=False)
+
+    async def reserve(self) -> None:
+        """Take a place for an operation that is about to start; wait until there is one."""
+        while self._places >= self.capacity():
+            task = trio.lowlevel.current_task()
+            self._stalled.append(task)
+            await trio.lowlevel.wait_task_rescheduled(self._abort_stalled(task))
+        self._places += 1
+
+    def _abort_stalled(self, task: Task) -> Callable[[object], Abort]:
+        def abort(_: object) -> Abort:
+            self._stalled.remove(task)
+            return Abort.SUCCEEDED
+
+        return abort
+
+    def free(self) -> None:
+        """Give a place back, to the worker that has waited longest if there is one."""
+        self._places -= 1
+        if self._stalled:
+            trio.lowlevel.reschedule(self._stalled.popleft())
+
+    def put(self, index: int, result: object) -> None:
+        """Hand the result of operation *index* to the consumer, when it is its turn."""
+        if self.ordered:
+            self._early[index] = result
+            while self._turn in self._early:
+                self._hand_over(self._early.pop(self._turn))
+                self._turn += 1
+        else:
+            self._hand_over(result)
+
+    def skip(self, index: int) -> None:
+        """Say that operation *index* has no result to deliver."""
+        self.put(index, _SKIPPED)
+
+    def end(self) -> None:
+        """Say that nothing follows; what waits behind a gap is delivered all the same."""
+        self._has_ended = True
+        for index in sorted(self._early):
+            self._hand_over(self._early.pop(index))
+        if self._consumer is not None:
+            trio.lowlevel.reschedule(self._consumer, Value(ENDED))
+            self._consumer = None
+
+    def _hand_over(self, result: object) -> None:
+        if result is _SKIPPED:
+            self.free()
+        elif self._consumer is not None:
+            trio.lowlevel.reschedule(self._consumer, Value(result))
+            self._consumer = None
+            self.free()
+        else:
+            self._ready.append(result)
+
+    async def take(self) -> Any:
+        """Return the next result, or `ENDED` after the last one."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._ready:
+            result = self._ready.popleft()
+            self.free()
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return result
+        if self._has_ended:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return ENDED
+        if self._consumer is not None:
+            raise trio.BusyResourceError("another task is iterating over this stream already")
+        self._consumer = trio.lowlevel.current_task()
+        return await trio.lowlevel.wait_task_rescheduled(self._abort_consumer)
+
+    def _abort_consumer(self, _: object) -> Abort:
+        self._consumer = None
+        return Abort.SUCCEEDED

@@ -1,0 +1,91 @@
+"""The shape that all policies share, and what a test may change about them for a while."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import ContextVar
+from typing import Any, Generic, ParamSpec, TypeVar, TypeVarTuple, final
+from weakref import WeakKeyDictionary
+
+import attrs
+
+from trio_resilience._checks import label, operation
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+F = TypeVar("F", covariant=True)
+S = TypeVar("S")
+
+
+class Policy(ABC, Generic[F]):
+    """Something that runs an operation under a rule, and may return an *F* of its own instead.
+
+    A policy is configured once and shared: what belongs to one call lives in that call, so one
+    object serves any number of tasks, at once and one after the other. It may be created before
+    `trio.run` and used in several runs.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    async def call(
+        self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
+    ) -> T | F:
+        """Run ``fn(*args)`` under the policy and return its result; *name* labels its events."""
+
+    @abstractmethod
+    def statistics(self) -> object:
+        """Return a frozen record of the policy's state and counts; works outside a run too."""
+
+    def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T | F]]:
+        """Decorate an async function: every call of it runs under this policy.
+
+        Its name, docstring and signature are kept. It works on methods too, and below or above
+        ``@staticmethod`` and ``@classmethod``.
+        """
+        if isinstance(fn, (staticmethod, classmethod)):
+            inner: Any = fn.__func__
+            return type(fn)(self(inner))  # type: ignore[return-value]
+        operation("fn", fn)
+        name = label(fn)
+
+        @functools.wraps(fn)
+        async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | F:
+            bound: Callable[..., Awaitable[T]] = functools.partial(fn, **kwargs) if kwargs else fn
+            return await self.call(bound, *args, name=name)
+
+        return wrapper
+
+
+@final
+@attrs.frozen(eq=False)
+class Overrides:
+    """What `trio_resilience.testing.test_mode` changes for the policies used inside its block."""
+
+    max_attempts: float
+    jitter: bool
+    delays: bool
+    states: WeakKeyDictionary[Any, Any] | None
+    """State that policies keep during the block instead of their own."""
+
+    def state_of(self, policy: object, own: S) -> S:
+        """Return the state that *policy* has here: its *own*, or one that starts afresh."""
+        if self.states is None:
+            return own
+        fresh: S = self.states.setdefault(policy, type(own)())
+        return fresh
+
+
+# While no `test_mode` block is open anywhere in the process, policies look no further than this.
+open_overrides: set[Overrides] = set()
+
+current_overrides: ContextVar[Overrides | None] = ContextVar("overrides", default=None)
+
+
+def overrides() -> Overrides | None:
+    """Return what a `test_mode` block around this call changes, if there is one."""
+    found = current_overrides.get()
+    return found if found in open_overrides else None

@@ -1,0 +1,113 @@
+"""Where operations come from: any iterable, pulled one at a time, in the caller's context."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
+from contextvars import Context
+from functools import partial
+from typing import Any, Self, TypeAlias, final
+
+import attrs
+import trio
+from outcome import Value
+from trio.lowlevel import Abort, Task
+
+Pair: TypeAlias = tuple[int, Any]
+"""An operation, or the item that it is made for, and its number."""
+
+# Iterating over these runs no code of a user's, so no context has to be entered for it.
+_PLAIN = (list, tuple, range, str, bytes, set, frozenset, dict)
+
+
+@final
+class _InContext:
+    """An iterator whose every step is a C call that enters the context first."""
+
+    __slots__ = ("__next__",)
+
+    def __init__(self, context: Context, iterator: Iterator[object]) -> None:
+        self.__next__ = partial(context.run, next, iterator)
+
+    def __iter__(self) -> Self:
+        return self
+
+
+def numbered(items: Iterable[object], context: Context) -> Iterator[Pair]:
+    """Return the items with their numbers; whatever code yields them runs in *context*."""
+    iterator = iter(items)
+    return enumerate(iterator if type(items) in _PLAIN else _InContext(context, iterator))
+
+
+def close(items: object, context: Context) -> None:
+    """Close a generator that is not used up, so that its clean-up runs now."""
+    if isinstance(items, Generator):
+        context.run(items.close)
+
+
+@final
+@attrs.define(eq=False)
+class AsyncSource:
+    """An async iterable that one task pulls from, on demand, for any number of others.
+
+    One task, because an async generator may have a nursery or a cancel scope open where it yields.
+    """
+
+    items: AsyncIterator[Any]
+    on_error: Callable[[Exception], object]
+    is_exhausted: bool = attrs.field(default=False, init=False)
+    _count: int = attrs.field(default=0, init=False)
+    _askers: deque[Task] = attrs.field(factory=deque, init=False)
+    _idle: Task | None = attrs.field(default=None, init=False)
+
+    async def next(self) -> Pair | None:
+        """Return the next item with its number, or ``None`` after the last."""
+        if self.is_exhausted:
+            return None
+        task = trio.lowlevel.current_task()
+        self._askers.append(task)
+        if self._idle is not None:
+            trio.lowlevel.reschedule(self._idle)
+            self._idle = None
+
+        def abort(_: object) -> Abort:
+            self._askers.remove(task)
+            return Abort.SUCCEEDED
+
+        pair: Pair | None = await trio.lowlevel.wait_task_rescheduled(abort)
+        return pair
+
+    async def pull(self, context: Context) -> None:
+        """Serve those who ask until the items end; run as a task, whose context becomes *context*."""
+        trio.lowlevel.current_task().context = context
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        try:
+            try:
+                await self._serve()
+            finally:
+                if isinstance(self.items, AsyncGenerator):
+                    await self.items.aclose()
+        except Exception as error:  # noqa: BLE001 - it is raised to the caller as it is
+            self.on_error(error)
+        finally:
+            self.is_exhausted = True
+            for task in self._askers:
+                trio.lowlevel.reschedule(task, Value(None))
+            self._askers.clear()
+
+    async def _serve(self) -> None:
+        while True:
+            if not self._askers:
+                self._idle = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(self._abort_idle)
+            try:
+                item = await anext(self.items)
+            except StopAsyncIteration:
+                return
+            if self._askers:  # else the job is being cancelled, and nobody runs it any more
+                trio.lowlevel.reschedule(self._askers.popleft(), Value((self._count, item)))
+            self._count += 1
+
+    def _abort_idle(self, _: object) -> Abort:
+        self._idle = None
+        return Abort.SUCCEEDED

@@ -1,0 +1,161 @@
+"""Say what happened, to whoever listens; build nothing and call nobody when no one does."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, final
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@attrs.frozen(kw_only=True)
+class Event:
+    """Something that happened, and where."""
+
+    time: float
+    """When, in seconds of trio's clock."""
+    task: str
+    """Name of the trio task in which it happened."""
+    policy: str
+    """Name of the policy, or of the function, that reports it."""
+    operation: str
+    """Name of the operation: ``name=`` of the call, or else the function's own."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class OperationStarted(Event):
+    """`run_with_limit`, or one of its kin, has begun to run an operation."""
+
+    index: int
+
+
+@final
+@attrs.frozen(kw_only=True)
+class OperationFinished(Event):
+    """An operation has ended: it succeeded if there is no error, or was cancelled."""
+
+    index: int
+    duration: float
+    """Seconds since it started."""
+    error: Exception | None
+    cancelled: bool
+
+
+@final
+@attrs.frozen(kw_only=True)
+class AttemptStarted(Event):
+    """A retry policy is about to call the operation."""
+
+    attempt: int
+
+
+@final
+@attrs.frozen(kw_only=True)
+class AttemptFinished(Event):
+    """A call that a retry policy made has ended: it returned if there is no error."""
+
+    attempt: int
+    duration: float
+    """Seconds since the attempt started."""
+    error: Exception | None
+
+
+@final
+@attrs.frozen(kw_only=True)
+class RetryScheduled(Event):
+    """An attempt was not good enough, and another follows after *delay* seconds."""
+
+    attempt: int
+    """Which attempt it was, counted from 1."""
+    delay: float
+    error: Exception | None
+    """What it raised; ``None`` if its result was refused."""
+    result: object = None
+    """What it returned, if its result was refused."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class RetryGaveUp(Event):
+    """A retry policy makes no further attempt; the error, or the result, is final."""
+
+    attempts: int
+    reason: str
+    error: Exception | None
+    result: object = None
+
+
+@final
+@attrs.frozen(kw_only=True)
+class TimedOut(Event):
+    """A time limit of *timeout* seconds expired and cancelled the operation."""
+
+    timeout: float
+
+
+@final
+@attrs.define(eq=False)
+class Subscription:
+    """A listener and the block that it listens for."""
+
+    listener: Callable[[Event], object]
+    is_open: bool = True
+    has_raised: bool = False
+
+    def tell(self, event: Event) -> None:
+        """Pass the event on; a listener that raises is reported once and changes nothing."""
+        try:
+            self.listener(event)
+        except Exception:
+            if not self.has_raised:
+                self.has_raised = True
+                logging.getLogger("trio_resilience").exception(
+                    "listener %r raised; its further errors are not reported", self.listener
+                )
+
+
+# Every block that is open anywhere in the process. While it is empty, nobody can be listening, and
+# the test for that is one look at a set: a context variable costs ten times as much.
+open_subscriptions: set[Subscription] = set()
+
+_subscriptions: ContextVar[tuple[Subscription, ...]] = ContextVar("subscriptions", default=())
+
+
+@contextmanager
+def subscribe(listener: Callable[[Event], object]) -> Iterator[None]:
+    """Call *listener* with every event that this block causes, also in tasks it starts.
+
+    The listener is called in the task where the event happens, at once, in order; it must be a
+    plain function and return quickly. It hears nothing once the block has ended. If it raises,
+    that is reported once through `logging` and changes nothing else. To listen to a whole
+    program, wrap `trio.run`::
+
+        with subscribe(print):
+            trio.run(main)
+    """
+    if not callable(listener):
+        raise TypeError(f"`listener` must be a function of one event, got {listener!r}")
+    subscription = Subscription(listener)
+    _subscriptions.set((*_subscriptions.get(), subscription))
+    open_subscriptions.add(subscription)
+    try:
+        yield
+    finally:
+        open_subscriptions.discard(subscription)
+        subscription.is_open = False
+        # No token is reset: a fixture's teardown runs in another context than its setup.
+        others = (other for other in _subscriptions.get() if other is not subscription)
+        _subscriptions.set(tuple(others))
+
+
+def current_subscriptions() -> list[Subscription]:
+    """Return who listens to what happens in this context; mostly nobody."""
+    if not open_subscriptions:
+        return []
+    return [subscription for subscription in _subscriptions.get() if subscription.is_open]
