@@ -1,5 +1,13 @@
 """Keep a trio program working when what it calls is slow, flaky or overloaded."""
 
+from trio_resilience._algorithms._backoff import (
+    Constant,
+    Decorrelated,
+    Exponential,
+    Fibonacci,
+    Linear,
+)
+from trio_resilience._classify import transient
 from trio_resilience._concurrency import (
     Stream,
     map_with_limit,
@@ -8,3 +16,81 @@ from trio_resilience._concurrency import (
     stream_map_with_limit,
     stream_with_limit,
 )
+from trio_resilience._engine._policy import Policy
+from trio_resilience._errors import (
+    BulkheadFullError,
+    CallAbandonedError,
+    CircuitOpenError,
+    ConfigError,
+    FailureRecord,
+    OperationsCancelledError,
+    OperationsFailedError,
+    OperationTimeoutError,
+    RateLimitExceededError,
+    RejectedError,
+    ResilienceError,
+    RetriesExhaustedError,
+)
+from trio_resilience._events import (
+    AttemptFinished,
+    AttemptStarted,
+    Event,
+    OperationFinished,
+    OperationStarted,
+    RetryGaveUp,
+    RetryScheduled,
+    TimedOut,
+    subscribe,
+)
+from trio_resilience._retry import (
+    Attempt,
+    Retry,
+    RetryResult,
+    RetryStatistics,
+    run_with_retry,
+)
+from trio_resilience._timeout import Timeout, TimeoutStatistics
+
+__all__ = [
+    "Attempt",
+    "AttemptFinished",
+    "AttemptStarted",
+    "BulkheadFullError",
+    "CallAbandonedError",
+    "CircuitOpenError",
+    "ConfigError",
+    "Constant",
+    "Decorrelated",
+    "Event",
+    "Exponential",
+    "FailureRecord",
+    "Fibonacci",
+    "Linear",
+    "OperationFinished",
+    "OperationStarted",
+    "OperationTimeoutError",
+    "OperationsCancelledError",
+    "OperationsFailedError",
+    "Policy",
+    "RateLimitExceededError",
+    "RejectedError",
+    "ResilienceError",
+    "RetriesExhaustedError",
+    "Retry",
+    "RetryGaveUp",
+    "RetryResult",
+    "RetryScheduled",
+    "RetryStatistics",
+    "Stream",
+    "TimedOut",
+    "Timeout",
+    "TimeoutStatistics",
+    "map_with_limit",
+    "run_in",
+    "run_with_limit",
+    "run_with_retry",
+    "stream_map_with_limit",
+    "stream_with_limit",
+    "subscribe",
+    "transient",
+]

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 CLI_PACKAGES: Final = {"cyclopts", "h11", "httpx2", "rich"}
 
 try:
     from trio_resilience._cli import main
 except ModuleNotFoundError as error:
-    if error.name not in CLI_PACKAGES:
+    missing = (error.name or "").partition(".")[0]
+    if missing not in CLI_PACKAGES:
         raise
-    missing = error.name
 
-    def main() -> int:
+    def main(arguments: Sequence[str] | None = None) -> int:  # noqa: ARG001 - the other one's
         """Say what to install."""
-        print(
+        sys.stderr.write(
             'trio_resilience: the command line needs the extra: pip install "trio_resilience[cli]"'
-            f" (no module named {missing})",
-            file=sys.stderr,
+            f" (no module named {missing})\n"
         )
         return 2
 

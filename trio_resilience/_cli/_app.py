@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path  # noqa: TC003 - cyclopts reads the annotations when it runs
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import trio
 from cyclopts import App, CycloptsError, Parameter
 
 from trio_resilience._cli._demo import Setting, run_demo
-from trio_resilience._cli._faults import ProfileName  # noqa: TC001 - as above
+from trio_resilience._cli._faults import ProfileName
 from trio_resilience._cli._fetch import Options, run_fetch
-from trio_resilience._cli._terminal import EXIT_INTERRUPTED, EXIT_USAGE, UsageError, complain
+from trio_resilience._cli._terminal import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    UsageError,
+    complain,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,9 +153,11 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         status: int | None = app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        complain(f"{error} Try {NAME} --help.")
+        complain(f"{error} (see {NAME} --help)")
         return EXIT_USAGE
     except UsageError as error:
         complain(str(error))
         return EXIT_USAGE
+    except BrokenPipeError:
+        return EXIT_BROKEN_PIPE
     return status or 0  # the help has none

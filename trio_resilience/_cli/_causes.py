@@ -7,7 +7,7 @@ from typing import Final
 import httpx2
 import trio
 
-from trio_resilience import ResilienceError, transient
+from trio_resilience import OperationTimeoutError, ResilienceError, transient
 
 
 class BadURLError(ValueError):
@@ -48,6 +48,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, httpx2.HTTPStatusError):
         return f"{error.response.status_code} {error.response.reason_phrase}".strip()
     message = " ".join(str(error).split())
+    if isinstance(error, OperationTimeoutError):
+        return f"timed out after {error.timeout:g} s"
     if isinstance(error, (ResilienceError, BadURLError)):
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -100,10 +100,10 @@ class Run:
     advance: Callable[[], object]
     """Called whenever a page is done, or has failed."""
     _gauge: Gauge = attrs.field(factory=Gauge, init=False)
-    _fetches: list[PageFetch] = attrs.field(factory=list, init=False)
-    _failed: dict[str, str] = attrs.field(factory=dict, init=False)
-    _retries: Counter[str] = attrs.field(factory=Counter, init=False)
-    _latencies: list[float] = attrs.field(factory=list, init=False)
+    _fetches: list[PageFetch] = attrs.field(factory=list[PageFetch], init=False)
+    _failed: dict[str, str] = attrs.field(factory=dict[str, str], init=False)
+    _retries: Counter[str] = attrs.field(factory=Counter[str], init=False)
+    _latencies: list[float] = attrs.field(factory=list[float], init=False)
 
     async def resilient(self) -> RunReport:
         """Fetch with retries, a time limit for every attempt, and one for the whole operation."""
@@ -127,7 +127,9 @@ class Run:
             url = await nursery.start(server.serve)
             start = trio.current_time()
             async with _client(url, self.setting.max_concurrency, client_timeout) as client:
-                self._fetches = [PageFetch(client, path, self._gauge) for path in self.setting.paths]
+                self._fetches = [
+                    PageFetch(client, path, self._gauge) for path in self.setting.paths
+                ]
                 await run_with_limit(
                     nursery,
                     self._fetches,
@@ -216,17 +218,18 @@ class Comparison:
 
 async def run_demo(setting: Setting, *, as_json: bool) -> int:
     """Run both, print the comparison, and return the exit status."""
-    both: Comparison | None = None
+    done: list[Comparison] = []
     async with trio.open_nursery() as watch:
         await watch.start(cancel_on_interrupt, watch.cancel_scope)
         with progress_bar() as progress:
             resilient = await Run(setting, _bar(progress, "with", setting)).resilient()
             plain = await Run(setting, _bar(progress, "without", setting)).plain()
-        both = Comparison(setting, resilient, plain)
+        done.append(Comparison(setting, resilient, plain))
         watch.cancel_scope.cancel()
-    if both is None:
+    if not done:
         complain("interrupted")
         return EXIT_INTERRUPTED
+    (both,) = done
     write_stdout(both.as_json() if as_json else both.as_text())
     for problem in both.problems[:PROBLEMS_SHOWN]:
         complain(problem)

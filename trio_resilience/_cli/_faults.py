@@ -131,8 +131,8 @@ class FaultPlan:
         return Treatment.PAGE if fault is None or attempt > MAX_FAULTS_IN_A_ROW else fault
 
     def _rng(self, path: str, attempt: int) -> Random:
-        # Seeded by a string, Random hashes it with SHA-512: the same in every process, unlike hash().
-        return Random(f"{self.profile} {self.seed} {attempt} {path}")  # noqa: S311 - a script, no secret
+        # Seeded by a string, Random takes its SHA-512: the same in every process, unlike hash().
+        return Random(f"{self.profile} {self.seed} {attempt} {path}")  # noqa: S311 - no secret
 
 
 def _draw(chances: dict[Treatment, float], rng: Random) -> Treatment | None:

@@ -66,9 +66,9 @@ class Options:
 
     @property
     def client(self) -> httpx2.AsyncClient:
-        """A client whose attempts end when the server falls silent, so that there is time for another.
+        """A client that gives an attempt up when the server falls silent.
 
-        A body that keeps coming may take the whole time of the operation.
+        So there is time for another. A body that keeps coming may take all the time there is.
         """
         return httpx2.AsyncClient(
             timeout=min(MAX_SILENCE, self.timeout / SILENCES),
@@ -195,7 +195,9 @@ class Session:
 
     def _account(self) -> str:
         stopped = self.source.issued - self._fetched - self._failed
-        return f"interrupted: {self._fetched} fetched, {self._failed} failed, {stopped} stopped midway"
+        return (
+            f"interrupted: {self._fetched} fetched, {self._failed} failed, {stopped} stopped midway"
+        )
 
 
 async def _keep_nursery(*, task_status: trio.TaskStatus[trio.Nursery]) -> None:

@@ -142,7 +142,10 @@ def _figures(report: RunReport, failures: list[str], retries: list[str]) -> dict
         "attempts": str(report.attempts),
         "retries": str(report.retries.total()),
         **{f"  retried: {cause}": str(report.retries[cause]) for cause in retries},
-        **{f"latency {name}": _milliseconds(report.latency(share)) for name, share in SHARES.items()},
+        **{
+            f"latency {name}": _milliseconds(report.latency(share))
+            for name, share in SHARES.items()
+        },
         "throughput": f"{report.throughput:.1f}/s",
         "largest concurrency, seen by the server": str(report.server_peak),
         "largest concurrency, seen by the client": str(report.client_peak),

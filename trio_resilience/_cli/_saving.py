@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
 MAX_READABLE: Final = 80
 """Characters of the URL in a file name; with the rest it stays far below 255."""
@@ -34,7 +34,7 @@ def file_name(url: str) -> str:
 @asynccontextmanager
 async def saved_whole(
     path: trio.Path, number: int
-) -> AsyncIterator[Callable[[bytes], Awaitable[Any]]]:
+) -> AsyncGenerator[Callable[[bytes], Awaitable[Any]]]:
     """Yield a function that writes a chunk; put the file in place when the block succeeds.
 
     Until then it has another name in the same directory, so that renaming it is atomic. That name

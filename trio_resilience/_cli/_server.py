@@ -56,11 +56,9 @@ class FaultServer:
     plan: Plan
     requests: int = attrs.field(default=0, init=False)
     peak: int = attrs.field(default=0, init=False)
-    _in_progress: set[trio.SocketStream] = attrs.field(factory=set, init=False)
+    _in_progress: set[trio.SocketStream] = attrs.field(factory=set[trio.SocketStream], init=False)
 
-    async def serve(
-        self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def serve(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve on a port of 127.0.0.1 that the system chooses; start with its base URL."""
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = listeners[0].socket.getsockname()[1]
@@ -72,7 +70,7 @@ class FaultServer:
         try:
             await _Conversation(self, stream).run()
         except (trio.BrokenResourceError, h11.ProtocolError):
-            pass  # a client that resets the connection, or speaks no HTTP, ends its own conversation
+            pass  # a client that resets the connection, or speaks no HTTP, ends its own only
         finally:
             self.ended(stream)
 
@@ -84,7 +82,9 @@ class FaultServer:
     def begun(self, stream: trio.SocketStream) -> None:
         """Count the request that was read from *stream*."""
         self.requests += 1
-        self._in_progress = {other for other in (*self._in_progress, stream) if not _has_left(other)}
+        self._in_progress = {
+            other for other in (*self._in_progress, stream) if not _has_left(other)
+        }
         self.peak = max(self.peak, self.in_progress)
 
     def ended(self, stream: trio.SocketStream) -> None:
@@ -168,7 +168,7 @@ def _attempt(request: h11.Request) -> int:
 
 
 def _head(answer: Answer) -> h11.Response:
-    # Without a length the body goes out in chunks, and the end of the message is a piece of its own.
+    # Without a length the body goes out in chunks, and its end is a piece of its own.
     headers = [("content-type", "text/html")]
     if answer.retry_after is not None:
         headers.append(("retry-after", str(answer.retry_after)))

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,8 +40,8 @@ def complain(message: str) -> None:
 def write_stdout(text: str) -> None:
     """Write all of *text* to stdout at once.
 
-    Past `sys.stdout`, whose lock and buffer would come up again when the interpreter ends: a pipe
-    that was broken, or a thread that still waits for a slow reader, would then be an error message.
+    Past `sys.stdout`: the end of the interpreter runs into its buffer and its lock, so a broken
+    pipe, or a thread that still waits for a slow reader, would be an error message there.
     """
     rest = memoryview(text.encode())
     while rest:

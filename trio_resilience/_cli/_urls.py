@@ -17,7 +17,7 @@ import trio
 from trio_resilience._cli._terminal import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
 CHUNK: Final = 65536
 """Bytes read at a time, and the longest line that is taken for a URL."""
@@ -75,11 +75,11 @@ def find_problem(url: str) -> str | None:
 
 
 @contextmanager
-def opened(name: str) -> Iterator[int]:
+def opened(name: str) -> Generator[int]:
     """Open the file for reading, or stdin for ``-``; yield the descriptor.
 
-    It is read past `sys.stdin`: a thread that waits for a line there holds a lock that would come up
-    again when the interpreter ends.
+    It is read past `sys.stdin`: a thread that waits for a line there holds a lock that the end of
+    the interpreter would run into.
     """
     if name == STDIN:
         yield sys.stdin.fileno()
@@ -111,7 +111,7 @@ class JobSource:
     """The file, in messages."""
     descriptor: int | None = None
     issued: int = attrs.field(default=0, init=False)
-    _lines: deque[bytes] = attrs.field(factory=deque, init=False)
+    _lines: deque[bytes] = attrs.field(factory=deque[bytes], init=False)
     _rest: bytes = attrs.field(default=b"", init=False)
     _line_number: int = attrs.field(default=0, init=False)
 
@@ -153,8 +153,8 @@ class JobSource:
         if len(self._rest) > CHUNK:
             self.descriptor = None
             raise UsageError(
-                f"{self.name}:{self._line_number + len(lines) + 1}: a line of more than {CHUNK} bytes;"
-                " is this a list of URLs?"
+                f"{self.name}:{self._line_number + len(lines) + 1}: a line of more than"
+                f" {CHUNK} bytes; is this a list of URLs?"
             )
 
     async def _read_chunk(self, descriptor: int) -> bytes:

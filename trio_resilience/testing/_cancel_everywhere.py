@@ -121,6 +121,7 @@ def cancel_everywhere(
     Raises:
         CancelEverywhereError: an `AssertionError` with all ``findings``, each replayable.
     """
+    __tracebackhide__ = True  # pytest then shows the caller's line, not this docstring
     if trio.lowlevel.in_trio_run():
         raise RuntimeError("cancel_everywhere makes its own runs: call it from a sync test")
     for name, limit in (
@@ -161,7 +162,7 @@ class _Search:
     _suspensions: int = attrs.field(default=0, init=False)
 
     @property
-    def _is_over(self) -> bool:
+    def _has_enough(self) -> bool:
         return len(self.findings) >= self._max_findings
 
     def report(self) -> CancelReport:
@@ -172,8 +173,8 @@ class _Search:
     def run_all(self, targets: Sequence[Target] | None, seeds: Iterable[int]) -> None:
         for seed in seeds:
             quiet = self.run(CancelPoint("caller", "never", 0, seed))
-            if quiet.findings:
-                return  # every other run would only say the same
+            if quiet.findings or self._has_enough:
+                return  # what goes wrong by itself would only do so again in every other run
             _refuse_sleep_alone(quiet.watch)
             self._refuse_length(quiet.watch.suspensions)
             used: list[Target] = ["caller", "nursery"] if quiet.watch.uses_nursery else ["caller"]
@@ -184,7 +185,7 @@ class _Search:
 
     def _run_target(self, target: Target, seed: int) -> None:
         suspension = 0
-        while len(self.findings) < self._max_findings:
+        while not self._has_enough:
             self._refuse_length(suspension)
             woken = self.run(CancelPoint(target, "woken", suspension, seed))
             if woken.watch.suspensions <= suspension:

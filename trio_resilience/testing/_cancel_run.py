@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import traceback
 from functools import partial
 from typing import TYPE_CHECKING
@@ -65,7 +66,8 @@ class CancelRun:
                 trio.run(self._main, clock=self._clock, instruments=[self.watch])
         except trio.TrioInternalError as crash:
             if not isinstance(crash.__cause__, RunAbandonedError):
-                self._find(f"trio's own loop crashed: {_describe(crash.__cause__ or crash)}")
+                cause = _describe(crash.__cause__ or crash)
+                self._find(f"trio's own loop crashed; was a task woken twice? {cause}")
             keep_for_ever(self.watch.alive)
         if not self.watch.is_whole:
             raise RuntimeError(
@@ -160,10 +162,11 @@ class CancelRun:
             allowed = (*allowed, trio.Cancelled)
         elif self.has_cancelled:
             allowed = (*allowed, *scenario.on_nursery_cancelled)
-        self._find_strangers("the victim failed", error, allowed)
         if self._was_delivered and not contains(error, trio.Cancelled):
             ending = "it returned" if error is None else f"it raised {_describe(error)}"
             self._find(f"`Cancelled` was delivered to the victim, and swallowed: {ending}")
+        else:
+            self._find_strangers("the victim failed", error, allowed)
 
     def _living_tasks(self) -> list[Task]:
         return [task for task in self.watch.alive if task not in self._not_ours]
@@ -219,5 +222,6 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, trio.Cancelled):
         return "`Cancelled`, though it was not cancelled"
     text = "".join(traceback.format_exception_only(error)).strip()
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)  # so that a replay says the same
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text} (raised at {frames[-1].filename}:{frames[-1].lineno})" if frames else text

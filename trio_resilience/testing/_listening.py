@@ -63,10 +63,6 @@ class Overhear(Generator[Any, Any, Any]):
         """Hand the error on."""
         return self._call.throw(*error)
 
-    def close(self) -> None:
-        """Hand the request on."""
-        self._call.close()
-
     # Trio's introspection of tasks asks for these two, and so still sees inside the call.
 
     @property

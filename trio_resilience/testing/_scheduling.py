@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+import trio
 
 if TYPE_CHECKING:
     import random
@@ -61,8 +63,12 @@ def abandon_run(clock: MockClock) -> None:
     Tasks that are shielded, or that swallow every error, cannot be ended from outside, and what an
     instrument raises does not leave the loop. What a clock raises does.
     """
+    current_time = clock.current_time
 
-    def stop() -> NoReturn:
+    def stop() -> float:
+        # A task that retries on every error would never give control back to the loop.
+        if trio.lowlevel.in_trio_task():
+            return current_time()
         raise RunAbandonedError
 
     setattr(clock, "current_time", stop)  # noqa: B010 - an assignment would not type-check

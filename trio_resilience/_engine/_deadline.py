@@ -1,0 +1,24 @@
+"""Time limits, and whose limit it was that expired."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@contextmanager
+def limit(deadline: float, on_expiry: Callable[[], Exception]) -> Iterator[trio.CancelScope]:
+    """Cancel the block at *deadline* and raise what *on_expiry* returns; nothing if it was not ours.
+
+    A scope never catches a cancellation that an outer scope shares, so an outer one wins, also at
+    the same instant. Who cancels this scope by hand, before its time, asks for no error.
+    """
+    with trio.CancelScope(deadline=deadline) as scope:
+        yield scope
+    if scope.cancelled_caught and trio.current_time() >= scope.deadline:
+        raise on_expiry()

@@ -1,0 +1,583 @@
+"""Try again what failed for a passing reason, after a while, and not for ever."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING, Any, Final, Generic, Never, TypeVar, TypeVarTuple, final
+
+import attrs
+import trio
+
+from trio_resilience._algorithms._backoff import Backoff, Exponential
+from trio_resilience._checks import (
+    NotAnOperationError,
+    awaitable,
+    integer,
+    label,
+    number,
+    operation,
+    require_awaitable,
+    seconds,
+    sync_callback,
+)
+from trio_resilience._classify import (
+    Classifier,
+    ErrorMatch,
+    Verdict,
+    retry_after_of,
+    transient,
+    verdict_of,
+)
+from trio_resilience._engine._deadline import limit
+from trio_resilience._engine._join import check_nursery, join
+from trio_resilience._engine._policy import Overrides, Policy, open_overrides, overrides
+from trio_resilience._engine._report import report
+from trio_resilience._engine._traceback import add_note_once, forget_earlier_raises
+from trio_resilience._errors import OperationTimeoutError, RetriesExhaustedError
+from trio_resilience._events import (
+    AttemptFinished,
+    AttemptStarted,
+    RetryGaveUp,
+    RetryScheduled,
+    Subscription,
+    TimedOut,
+    open_subscriptions,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_NOTHING: Final = object()
+
+
+@final
+@attrs.frozen
+class RetryStatistics:
+    """What a `Retry` has done so far; cancelled calls count only as calls."""
+
+    calls: int
+    attempts: int
+    recovered: int
+    """Calls that succeeded after more than one attempt."""
+    given_up: int
+    """Calls that ended with an error, or with a result that was refused."""
+
+
+@final
+@attrs.frozen
+class RetryResult(Generic[T]):
+    """A result, and what it took to get it."""
+
+    result: T
+    attempts: int
+    total_delay: float
+    """Seconds spent waiting between the attempts."""
+
+
+@final
+@attrs.define(eq=False)
+class _Counts:
+    calls: int = 0
+    repeats: int = 0
+    recovered: int = 0
+    given_up: int = 0
+
+
+def _most_attempts(value: int | None) -> int | None:
+    return None if value is None else integer("max_attempts", value, minimum=1)
+
+
+def _backoff(_instance: object, _attribute: object, value: object) -> None:
+    sync_callback("backoff", value)
+
+
+def _callback(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None:
+        sync_callback(attribute.name, value)
+
+
+def _random(_instance: object, _attribute: object, value: object) -> None:
+    if not isinstance(value, Random):
+        raise TypeError(f"`rng` must be a random.Random, got {value!r}")
+
+
+def _attempt_timeout(value: float | timedelta) -> float:
+    return seconds("attempt_timeout", value)
+
+
+def _total_timeout(value: float | timedelta) -> float:
+    return seconds("total_timeout", value)
+
+
+def _max_retry_after(value: float | timedelta) -> float:
+    return seconds("max_retry_after", value)
+
+
+def _rng(value: Random | None) -> Random:
+    return Random() if value is None else value  # noqa: S311 - to spread load, not to keep secrets
+
+
+@final
+@attrs.frozen(eq=False, kw_only=True)
+class Retry(Policy[Never]):
+    """Call an operation again when it fails for a passing reason; give up with its last error.
+
+    What comes out is the operation's own error, as the same object, with a note that says what was
+    tried. A cancellation, Ctrl-C and everything else that is no `Exception` pass through at once.
+    It never sleeps into a deadline: when the next attempt would begin at or after the effective
+    deadline, it gives up at once.
+
+    Args:
+        max_attempts: how many calls to make at the most, the first included; ``None``: no limit.
+        on: which errors deserve another try: a type, a function of the error that returns a bool
+            or the seconds to wait, or a tuple of such. A group of errors does if all its leaves do.
+        backoff: how long to wait between attempts; see `Exponential`, `Constant`, `Linear`,
+            `Fibonacci`, `Decorrelated`, or any function of a `random.Random` that returns an
+            iterator of seconds.
+        retry_result: a function of the result: does it deserve another try?
+        attempt_timeout: seconds that each attempt may take: its `OperationTimeoutError` is judged
+            by *on* like any other error.
+        total_timeout: seconds that all of it may take; it stops a running attempt, too, with an
+            `OperationTimeoutError` whose cause is the error of the attempt before.
+        max_retry_after: give up when the other side, by a ``retry_after`` or a ``Retry-After``
+            header, asks to wait longer than these seconds: to come back sooner makes it worse. A
+            shorter wait is the least that the next delay will be.
+        on_retry: called with a `RetryScheduled` before each wait; if it raises, that is logged.
+        rng: source of the jitter.
+        name: label of the policy in events and notes.
+
+    Raises:
+        RetriesExhaustedError: the last result was refused by *retry_result*.
+        OperationTimeoutError: *total_timeout* expired while an attempt ran.
+
+    Retries multiply: three attempts around three attempts are nine calls.
+
+    Example::
+
+        retry = Retry(max_attempts=5, backoff=Exponential(0.5))
+
+        page = await retry.call(fetch, url)
+
+        @retry
+        async def load(url: str) -> bytes: ...
+
+        async for attempt in retry.attempts():
+            with attempt:
+                page = await fetch(url)
+    """
+
+    max_attempts: int | None = attrs.field(default=3, converter=_most_attempts)
+    on: ErrorMatch = transient
+    backoff: Backoff = attrs.field(factory=Exponential, validator=_backoff)
+    retry_result: Callable[[Any], Verdict] | None = attrs.field(default=None, validator=_callback)
+    attempt_timeout: float = attrs.field(default=math.inf, converter=_attempt_timeout)
+    total_timeout: float = attrs.field(default=math.inf, converter=_total_timeout)
+    max_retry_after: float = attrs.field(default=60.0, converter=_max_retry_after)
+    on_retry: Callable[[RetryScheduled], object] | None = attrs.field(
+        default=None, validator=_callback
+    )
+    rng: Random = attrs.field(default=None, converter=_rng, validator=_random, repr=False)
+    name: str = "retry"
+
+    _classifier: Classifier = attrs.field(init=False, repr=False)
+    _listeners: tuple[Subscription, ...] = attrs.field(init=False, repr=False)
+    _is_plain: bool = attrs.field(init=False, repr=False)
+    """Whether an attempt needs no scope and its result no judgement."""
+    _counts: _Counts = attrs.field(factory=_Counts, init=False, repr=False)
+
+    @_classifier.default
+    def _build_classifier(self) -> Classifier:
+        return Classifier.of("on", self.on)
+
+    @_listeners.default
+    def _build_listeners(self) -> tuple[Subscription, ...]:
+        callback: Any = self.on_retry
+        return () if callback is None else (Subscription(callback),)
+
+    @_is_plain.default
+    def _tell_plain(self) -> bool:
+        timeouts = (self.attempt_timeout, self.total_timeout)
+        return timeouts == (math.inf, math.inf) and self.retry_result is None
+
+    async def call(
+        self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
+    ) -> T:
+        """Return the result of the first attempt at ``fn(*args)`` that succeeds."""
+        result: T
+        if not self._is_plain or open_subscriptions or open_overrides:
+            call = self._start(fn, name)
+            await _repeat(call, fn, args)
+            result = call.result
+            return result
+        # The usual case, a success at the first attempt, is spared all that others need.
+        self._counts.calls += 1
+        pending: Any = fn
+        try:
+            pending = fn(*args)
+            result = await pending
+        except Exception as error:
+            if isinstance(error, TypeError):
+                _refuse(fn, pending)
+            call = self._start(fn, name)
+            call.attempt = 1
+            if not call.failed(error):
+                raise
+        else:
+            return result
+        await trio.sleep(call.delay)
+        await _repeat(call, fn, args)
+        result = call.result
+        return result
+
+    async def call_counted(
+        self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
+    ) -> RetryResult[T]:
+        """Like `call`, and tell how many attempts and how much waiting the result took."""
+        call = self._start(fn, name)
+        await _repeat(call, fn, args)
+        return RetryResult(call.result, call.attempt, call.total_delay)
+
+    def attempts(self) -> AsyncIterator[Attempt]:
+        """Retry a block of code rather than a function.
+
+        ::
+
+            async for attempt in retry.attempts():
+                with attempt:
+                    page = await fetch(url)
+                    attempt.set_result(page)  # only for `retry_result`
+
+        The loop ends after the first block that succeeds, and with the error of the last one.
+        """
+        return _Attempts(self._start("block", "block"))
+
+    def statistics(self) -> RetryStatistics:
+        """Return how many calls and attempts there were, and what became of them."""
+        counts = self._current_counts(overrides() if open_overrides else None)
+        return RetryStatistics(
+            calls=counts.calls,
+            attempts=counts.calls + counts.repeats,
+            recovered=counts.recovered,
+            given_up=counts.given_up,
+        )
+
+    def _start(self, fn: object, name: str | None) -> _Call:
+        mode = overrides() if open_overrides else None
+        return _Call(self, label(fn) if name is None else name, mode, self._current_counts(mode))
+
+    def _current_counts(self, mode: Overrides | None) -> _Counts:
+        return self._counts if mode is None else mode.state_of(self, self._counts)
+
+
+class _LongestDelays(Random):
+    """Draws the upper end of every range: for tests, where delays are to be exact."""
+
+    def random(self) -> float:
+        return 1.0
+
+
+@final
+@attrs.define(eq=False)
+class _Call:
+    """What one call under a policy has come to so far, and what happens next."""
+
+    retry: Retry
+    operation: str
+    mode: Overrides | None
+    counts: _Counts
+    attempt: int = attrs.field(default=0, init=False)
+    result: Any = attrs.field(default=_NOTHING, init=False)
+    is_over: bool = attrs.field(default=False, init=False)
+    delay: float = attrs.field(default=0.0, init=False)
+    """Seconds until the next attempt, unless it is over."""
+    total_delay: float = attrs.field(default=0.0, init=False)
+    _error: Exception | None = attrs.field(default=None, init=False)
+    """What the attempt before raised."""
+    _began: float = attrs.field(default=0.0, init=False)
+    _deadline: float = attrs.field(default=math.inf, init=False)
+    _delays: Iterator[float] | None = attrs.field(default=None, init=False)
+    _rng: Random = attrs.field(init=False)
+
+    @_rng.default
+    def _choose_rng(self) -> Random:
+        return self.retry.rng if self.mode is None or self.mode.jitter else _LongestDelays()
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Make one attempt in this block; swallow its failure if there is to be another."""
+        self._begin()
+        deadline = min(self._began + self.retry.attempt_timeout, self._deadline)
+        try:
+            with limit(deadline, self._expire):
+                yield
+        except Exception as error:
+            if not self.failed(error):
+                raise
+        else:
+            self._returned()
+
+    def _begin(self) -> None:
+        self._began = trio.current_time()
+        if self.attempt == 0:
+            self.counts.calls += 1
+            self._deadline = self._began + self.retry.total_timeout
+        else:
+            self.counts.repeats += 1
+        self.attempt += 1
+        self.result = _NOTHING
+        self._report(AttemptStarted, attempt=self.attempt)
+
+    def _expire(self) -> OperationTimeoutError:
+        is_total = trio.current_time() >= self._deadline
+        timeout = self.retry.total_timeout if is_total else self.retry.attempt_timeout
+        self._report(TimedOut, timeout=timeout)
+        error = OperationTimeoutError(timeout, self.operation)
+        if is_total:
+            self.is_over = True
+            error.__cause__ = self._error
+        return error
+
+    def failed(self, error: Exception) -> bool:
+        """Say whether there is to be another attempt after *error*, and in how many seconds."""
+        if error is self._error:
+            forget_earlier_raises(error)
+        if isinstance(error, NotAnOperationError):
+            self.is_over = True
+            return False
+        self._finished(error)
+        if self.is_over:
+            reason = f"gave up after {self._times()}: `total_timeout` is over"
+        else:
+            verdict = self.retry._classifier.judge(error)
+            reason = (
+                f"not retried: `on` does not match {type(error).__name__}"
+                if verdict is False
+                else self._schedule(verdict, retry_after_of(error, time.time))
+            )
+        if reason:
+            self._give_up(reason, error)
+            add_note_once(error, f"{self.retry.name}: ", reason)
+            return False
+        self._announce(error)
+        self._error = error
+        return True
+
+    def _returned(self) -> None:
+        self._finished(None)
+        refused: Verdict = False
+        if self.retry.retry_result is not None and self.result is not _NOTHING:
+            refused = verdict_of(self.retry.retry_result(self.result))
+        if refused is False:
+            self.is_over, self._error = True, None
+            self.counts.recovered += self.attempt > 1
+            return
+        reason = self._schedule(refused, retry_after_of(self.result, time.time))
+        if reason:
+            self._give_up(reason, None)
+            raise RetriesExhaustedError(self.result, self.attempt)
+        self._announce(None)
+
+    def _schedule(self, verdict: Verdict, told: float | None) -> str:
+        """Plan the next attempt; return why there is none, or an empty string."""
+        most = self.retry.max_attempts or math.inf
+        if self.attempt >= (most if self.mode is None else min(most, self.mode.max_attempts)):
+            return f"gave up after {self._times()}"
+        if told is not None and told > self.retry.max_retry_after:
+            return (
+                f"gave up after {self._times()}: told to wait {told:g} s, which is more than"
+                f" `max_retry_after`, {self.retry.max_retry_after:g} s"
+            )
+        delay = self._draw(verdict, told)
+        if delay is None:
+            return f"gave up after {self._times()}: the backoff has ended"
+        deadline = min(trio.current_effective_deadline(), self._deadline)
+        if trio.current_time() + delay >= deadline:
+            return (
+                f"gave up after {self._times()}: the next one, in {delay:g} s, would not begin"
+                " before the deadline"
+            )
+        self.delay = delay
+        self.total_delay += delay
+        return ""
+
+    def _draw(self, verdict: Verdict, told: float | None) -> float | None:
+        if isinstance(verdict, bool):
+            if self._delays is None:
+                self._delays = iter(self.retry.backoff(self._rng))
+            drawn = next(self._delays, None)
+            if drawn is None:
+                return None
+            delay = number("backoff", drawn)
+        else:
+            delay = verdict
+        if told is not None:
+            delay = max(delay, told)
+            if self._has_jitter():
+                # All who were told the same would come back at the same time.
+                delay += self._rng.uniform(0.0, delay / 10)
+        return 0.0 if self.mode is not None and not self.mode.delays else delay
+
+    def _has_jitter(self) -> bool:
+        is_exact = self.mode is not None and not self.mode.jitter
+        return not is_exact and getattr(self.retry.backoff, "jitter", "full") != "none"
+
+    def _times(self) -> str:
+        attempts = "1 attempt" if self.attempt == 1 else f"{self.attempt} attempts"
+        return f"{attempts} and {self.total_delay:g} s of waiting" if self.total_delay else attempts
+
+    def _finished(self, error: Exception | None) -> None:
+        if open_subscriptions:
+            duration = trio.current_time() - self._began
+            self._report(AttemptFinished, attempt=self.attempt, duration=duration, error=error)
+
+    def _announce(self, error: Exception | None) -> None:
+        self._report(
+            RetryScheduled,
+            also_to=self.retry._listeners,
+            attempt=self.attempt,
+            delay=self.delay,
+            error=error,
+            result=None if error is not None else self.result,
+        )
+
+    def _give_up(self, reason: str, error: Exception | None) -> None:
+        # Nothing of ours may keep the error alive: its traceback holds the frames that hold us.
+        self.is_over, self._error = True, None
+        self.counts.given_up += 1
+        result = None if error is not None else self.result
+        self._report(
+            RetryGaveUp, attempts=self.attempt, reason=reason, error=error, result=result
+        )
+
+    def _report(self, kind: type[Any], **fields: Any) -> None:
+        report(kind, policy=self.retry.name, operation=self.operation, **fields)
+
+
+async def _repeat(
+    call: _Call, fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...]
+) -> None:
+    while True:
+        with call.guard():
+            call.result = await awaitable(fn, *args)
+        if call.is_over:
+            return
+        await trio.sleep(call.delay)
+
+
+def _refuse(fn: Callable[..., object], pending: object) -> None:
+    """Raise `NotAnOperationError` if that is why calling *fn*, or awaiting *pending*, failed."""
+    if pending is not fn:
+        require_awaitable(fn, pending)
+    elif isinstance(fn, Coroutine) or not callable(fn):
+        operation("fn", fn)
+
+
+@final
+class Attempt:
+    """One attempt at a block of code: ``with attempt:`` swallows what is to be tried again."""
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+        self._guard: AbstractContextManager[None] | None = None
+        self._has_ended = False
+        self.number = call.attempt + 1
+        """Which attempt it is, counted from 1."""
+
+    def set_result(self, value: object) -> None:
+        """Give the block's result to `retry_result`, which may ask for another attempt."""
+        self._call.result = value
+
+    def __enter__(self) -> Attempt:
+        if self._guard is not None:
+            raise RuntimeError("an attempt can be entered only once")
+        self._guard = self._call.guard()
+        self._guard.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        assert self._guard is not None
+        self._has_ended = True
+        return self._guard.__exit__(exc_type, exc, traceback)
+
+
+@final
+class _Attempts:
+    """The attempts of one loop; an iterator object, for an async generator may be left open."""
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+        self._current: Attempt | None = None
+
+    def __aiter__(self) -> _Attempts:
+        return self
+
+    async def __anext__(self) -> Attempt:
+        if self._current is None:
+            await trio.lowlevel.checkpoint()
+        elif not self._current._has_ended:
+            raise RuntimeError("an attempt was not used: put `with attempt:` around the loop's body")
+        elif self._call.is_over:
+            raise StopAsyncIteration
+        else:
+            await trio.sleep(self._call.delay)
+        self._current = Attempt(self._call)
+        return self._current
+
+
+async def run_with_retry(
+    nursery: trio.Nursery | None,
+    fn: Callable[[*Ts], Awaitable[T]],
+    *args: *Ts,
+    max_attempts: int | None = 3,
+    base_delay: float | timedelta = 1.0,
+    max_delay: float | timedelta = 30.0,
+    backoff_multiplier: float = 2.0,
+    jitter: bool = True,
+    retryable_errors: ErrorMatch = transient,
+) -> RetryResult[T]:
+    """Run ``fn(*args)`` in *nursery*, with retries, and return its result and what that took.
+
+    All attempts run in one child task of *nursery* (``None`` opens one for this call). What the
+    last of them raised surfaces here, as the same object, and never crashes the nursery.
+
+    Args:
+        max_attempts: how many calls to make at the most, the first included; ``None``: no limit.
+        base_delay: seconds before the second attempt; each further wait is *backoff_multiplier*
+            times as long, up to *max_delay* seconds.
+        jitter: draw each wait between zero and that, so that clients do not come back together.
+        retryable_errors: as `Retry`'s ``on``.
+
+    Raises:
+        OperationsCancelledError: the nursery was cancelled, but not the caller.
+
+    Example::
+
+        async with trio.open_nursery() as nursery:
+            outcome = await run_with_retry(nursery, fetch, url, max_attempts=5)
+            print(outcome.result, outcome.attempts)
+    """
+    check_nursery(nursery)
+    operation("fn", fn)
+    Classifier.of("retryable_errors", retryable_errors)
+    multiplier = number("backoff_multiplier", backoff_multiplier, minimum=1, finite=True)
+    backoff = Exponential(base_delay, multiplier=multiplier, max_delay=max_delay, jitter=jitter)
+    retry = Retry(
+        max_attempts=max_attempts, on=retryable_errors, backoff=backoff, name="run_with_retry"
+    )
+    await trio.lowlevel.checkpoint_if_cancelled()
+    job = await join(nursery, partial(retry.call_counted, fn), *args, name=label(fn))
+    return job.result()
