@@ -7,9 +7,9 @@ import inspect
 import math
 import numbers
 import types
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 WordT = TypeVar("WordT", bound=str)
 
@@ -37,11 +37,12 @@ def number(name: str, value: object, *, minimum: float = 0.0, finite: bool = Fal
     """Return *value* as a float if it is a real number of at least *minimum*."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}")
-    if not value >= minimum:  # written this way round so that NaN fails too
+    result = float(value)
+    if not result >= minimum:  # written this way round so that NaN fails too
         raise ValueError(f"`{name}` must be >= {minimum:g}, got {value!r}")
-    if finite and value == math.inf:
+    if finite and result == math.inf:
         raise ValueError(f"`{name}` must be finite, got {value!r}")
-    return float(value)
+    return result
 
 
 def seconds(name: str, value: object, *, finite: bool = False) -> float:
@@ -77,10 +78,7 @@ def operation(name: str, fn: object) -> None:
 
     A lambda or an object may well return a coroutine: only its call can tell, see `awaitable`.
     """
-    if isinstance(fn, Coroutine):
-        refuse_coroutine(name, fn)
-    if not callable(fn):
-        raise NotAnOperationError(f"`{name}` must be an async function, got {fn!r}")
+    callable_operation(name, fn)
     if _is_known_sync(fn):
         raise NotAnOperationError(
             f"`{name}` must be an async function, got the sync {label(fn)}: make it `async def`,"
@@ -99,35 +97,40 @@ def operations(name: str, fns: Iterable[object]) -> None:
             operation(f"{name}[{index}]", fn)
     except TypeError:
         for fn in fns:
-            if isinstance(fn, Coroutine):
+            if inspect.iscoroutine(fn):
                 fn.close()
         raise
 
 
-def refuse_coroutine(name: str, coro: Coroutine[Any, Any, Any]) -> NoReturn:
-    """Close *coro*, so that no "never awaited" warning follows, and say what to pass instead."""
-    called = getattr(coro, "__name__", "fn")
-    coro.close()
-    raise NotAnOperationError(
-        f"`{name}` must be an async function, got a coroutine object: pass the function without"
-        f" calling it, {called}, or functools.partial({called}, ...) with its arguments"
-    )
+def callable_operation(name: str, fn: object) -> None:
+    """Refuse what can't be called; close a coroutine object, so that it warns of nothing later."""
+    if inspect.iscoroutine(fn):
+        called = fn.__name__
+        fn.close()
+        raise NotAnOperationError(
+            f"`{name}` must be an async function, got a coroutine object: pass the function"
+            f" without calling it, {called}, or functools.partial({called}, ...) with its arguments"
+        )
+    if not callable(fn):
+        raise NotAnOperationError(f"`{name}` must be an async function, got {fn!r}")
 
 
-def require_awaitable(fn: object, value: object) -> Awaitable[Any]:
-    """Return *value*, which *fn* returned, if it can be awaited."""
-    if isinstance(value, Awaitable):
-        return value
-    raise NotAnOperationError(
-        f"{label(fn)} must be an async function, but it returned {value!r}, which can't be awaited"
-    )
+def check_awaitable(fn: object, value: object) -> None:
+    """Refuse *value*, which *fn* returned, if it can't be awaited."""
+    if not isinstance(value, Awaitable):
+        raise NotAnOperationError(
+            f"{label(fn)} must be an async function, but it returned {value!r}, which can't be"
+            " awaited"
+        )
 
 
 def awaitable(fn: Callable[..., object], *args: object) -> Awaitable[Any]:
     """Call *fn* and return what is to be awaited, or raise `NotAnOperationError`."""
-    if isinstance(fn, Coroutine) or not callable(fn):
-        operation("fn", fn)
-    return require_awaitable(fn, fn(*args))
+    callable_operation("fn", fn)
+    value: Any = fn(*args)
+    check_awaitable(fn, value)
+    awaited: Awaitable[Any] = value
+    return awaited
 
 
 def label(fn: object) -> str:
@@ -179,13 +182,12 @@ def _has_async_flag(fn: object) -> bool:
 def _is_async(fn: object) -> bool:
     while isinstance(fn, functools.partial):
         fn = fn.func
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
-        getattr(type(fn), "__call__", None)
-    )
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
 
 
 def _is_filled(cell: types.CellType) -> bool:
     try:
-        return bool(cell.cell_contents) or True
+        _ = cell.cell_contents
     except ValueError:
         return False
+    return True

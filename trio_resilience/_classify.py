@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeAlias, final
+from typing import Any, TypeAlias, cast, final
 
 import attrs
 
@@ -25,6 +24,7 @@ Verdict: TypeAlias = bool | float
 Predicate: TypeAlias = Callable[[Exception], Verdict]
 ErrorMatch: TypeAlias = type[Exception] | Predicate | tuple["ErrorMatch", ...]
 
+_HTTP_STATUS = range(100, 600)
 _RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 _PERMANENT = (
@@ -70,7 +70,7 @@ _PERMANENT_ERRNO = frozenset(
 def transient(error: Exception) -> bool:
     """Say yes to an error, unless it is known that another try would end the same way.
 
-    No to programming errors (`TypeError`, `ValueError`, `LookupError`, …), to what the file
+    It says no to programming errors (`TypeError`, `ValueError`, `LookupError`, …), to what the file
     system refuses (`FileNotFoundError`, `PermissionError`, …), to this library's own refusals
     (to try again into an open circuit defeats failing fast), and to an HTTP status (``.status``,
     ``.status_code``, or those of ``.response``) other than 408, 425, 429, 500, 502, 503, 504.
@@ -89,7 +89,7 @@ def transient(error: Exception) -> bool:
 @final
 @attrs.frozen
 class Classifier:
-    """Types and predicates as one question: does this error deserve another try?"""
+    """Types and predicates as one question: whether an error deserves another try."""
 
     types: tuple[type[Exception], ...]
     predicates: tuple[Predicate, ...]
@@ -116,7 +116,8 @@ class Classifier:
             return self._judge_leaf(error)
         if any(issubclass(kind, ExceptionGroup) and isinstance(error, kind) for kind in self.types):
             return True  # it was asked for by the group's own type
-        verdicts = [self.judge(part) for part in error.exceptions]
+        group = cast("ExceptionGroup[Exception]", error)
+        verdicts = [self.judge(part) for part in group.exceptions]
         return False if any(verdict is False for verdict in verdicts) else _longest(verdicts)
 
     def _judge_leaf(self, error: Exception) -> Verdict:
@@ -141,7 +142,7 @@ def verdict_of(answer: object) -> Verdict:
 
 def _flatten(match: object) -> Iterator[Any]:
     if isinstance(match, tuple):
-        for part in match:
+        for part in cast("tuple[object, ...]", match):
             yield from _flatten(part)
     else:
         yield match
@@ -167,7 +168,8 @@ def retry_after_of(answer: object, wall_clock: Callable[[], float]) -> float | N
     with *wall_clock*, in seconds since the epoch.
     """
     if isinstance(answer, BaseExceptionGroup):
-        parts = [retry_after_of(part, wall_clock) for part in answer.exceptions]
+        group = cast("BaseExceptionGroup[BaseException]", answer)
+        parts = [retry_after_of(part, wall_clock) for part in group.exceptions]
         return max((part for part in parts if part is not None), default=None)
     told = _look(answer, "retry_after")
     if isinstance(told, timedelta):
@@ -208,7 +210,7 @@ def _status(error: Exception) -> int | None:
     for source in (error, _look(error, "response")):
         for name in ("status", "status_code"):
             value = _look(source, name)
-            if isinstance(value, int) and 100 <= value <= 599:
+            if isinstance(value, int) and value in _HTTP_STATUS:
                 return int(value)
     return None
 
@@ -232,5 +234,3 @@ def _look(source: object, name: str) -> object:
         return getattr(source, name, None)
     except Exception:  # noqa: BLE001 - a foreign property may raise anything (httpx: RuntimeError)
         return None
-
-

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sized
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Sized,
+)
 from datetime import timedelta
 from functools import partial
 from typing import (
@@ -17,6 +25,7 @@ from typing import (
     TypeAlias,
     TypeVar,
     TypeVarTuple,
+    cast,
     final,
     overload,
 )
@@ -34,7 +43,7 @@ from trio_resilience._checks import (
     seconds,
     sync_callback,
 )
-from trio_resilience._engine._join import Job, check_nursery, join
+from trio_resilience._engine._join import Job, check_nursery, join, leaves_of
 from trio_resilience._engine._outbox import ENDED, Outbox
 from trio_resilience._engine._policy import Policy
 from trio_resilience._engine._pool import MISSING, OnError, Plan, Pool
@@ -97,10 +106,10 @@ async def run_in(
         _checked_policy(policy)
     await trio.lowlevel.checkpoint_if_cancelled()
     title = label(fn) if name is None else name
-    call: Callable[..., Awaitable[T]] = fn
+    call: Any = fn
     if policy is not None:
         call = partial(policy.call, fn, name=title)
-    job = await join(nursery, call, *args, name=title)
+    job: Job[T] = await join(nursery, call, *args, name=title)
     return job.result()
 
 
@@ -445,7 +454,7 @@ class Stream(Generic[K, R]):
             raise RuntimeError(f"a {self._plan.kind} block can be entered only once")
         await trio.lowlevel.checkpoint_if_cancelled()
         self._pool = pool = _pool(self._plan, self._items, self._outbox)
-        self._job = job = Job()
+        self._job = job = Job[None]()
         job.on_done = self._outbox.end
         nursery = self._nursery
         if nursery is None:
@@ -545,8 +554,8 @@ def _take_failure(
     source_error, pool.error = pool.error, None
     if job.error is not None:
         stopper, job.error = job.error, None
-        leaves = stopper.exceptions if isinstance(stopper, BaseExceptionGroup) else (stopper,)
-        return job.stopped_by(*leaves, *errors, *(() if body_error is None else (body_error,)))
+        others = errors if body_error is None else [*errors, body_error]
+        return job.stopped_by(*leaves_of(stopper), *others)
     if source_error is not None:
         return _group(pool, failures, source_error) if errors else source_error
     if job.was_cancelled and not left_early and not job.was_interrupted:
@@ -562,9 +571,7 @@ def _group(
         add_note_once(error, "operation ", f"{index}{shown}")
     total = len(pool.items) if isinstance(pool.items, Sized) else pool.started
     errors = [error for _, (_, error) in sorted(failures.items())]
-    group = OperationsFailedError(
-        f"{len(errors)} of {total} operations failed", [*errors, *others]
-    )
+    group = OperationsFailedError(f"{len(errors)} of {total} operations failed", [*errors, *others])
     group.outcomes = _outcomes(pool, failures, total)
     return group
 
@@ -640,18 +647,17 @@ def _checked_bound(max_concurrency: object) -> int | trio.CapacityLimiter:
     return integer("max_concurrency", max_concurrency, minimum=1)
 
 
-def _checked_policy(policy: object) -> Policy[Any]:
-    if isinstance(policy, Policy):
-        checked: Policy[Any] = policy
-        return checked
-    raise TypeError(f"`policy` must be a policy such as Retry(), got {policy!r}")
+def _checked_policy(policy: object) -> Policy[object]:
+    if not isinstance(policy, Policy):
+        raise TypeError(f"`policy` must be a policy such as Retry(), got {policy!r}")
+    return cast("Policy[object]", policy)
 
 
 def _check_source(name: str, items: object, *, are_operations: bool) -> None:
     if not isinstance(items, (Iterable, AsyncIterable)):
         raise TypeError(f"`{name}` must be an iterable or async iterable, got {items!r}")
     if are_operations and isinstance(items, (list, tuple)):
-        operations(name, items)
+        operations(name, cast("Collection[object]", items))
 
 
 def _check_room(plan: Plan, items: object, queue_size: int) -> None:
@@ -668,7 +674,8 @@ def _flag(name: str, value: object) -> bool:
 
 
 def _pool(plan: Plan, items: Source[Any], outbox: Outbox | None = None) -> Pool:
-    """Open the source, in the caller's task; what it pulls and calls runs in that task's context."""
+    """Open the source, in the caller's task, in whose context it is pulled and callbacks run."""
     caller = trio.lowlevel.current_task().context
-    is_async = isinstance(items, AsyncIterable) and not isinstance(items, Iterable)
-    return Pool(plan, aiter(items) if is_async else items, caller, outbox)
+    if isinstance(items, Iterable):
+        return Pool(plan, items, caller, outbox)
+    return Pool(plan, aiter(items), caller, outbox)

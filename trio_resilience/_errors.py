@@ -37,11 +37,10 @@ class ResilienceError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the cause too, or its text if it can't be pickled: it says what went wrong."""
-        cls, args, *state = super().__reduce__()
-        attributes = dict(state[0]) if state and state[0] else {}
+        attributes = dict(self.__dict__)
         if self.__cause__ is not None:
             attributes["__cause__"] = _portable(self.__cause__)
-        return cls, args, attributes
+        return type(self), self.args, attributes
 
 
 def _portable(cause: BaseException) -> BaseException:

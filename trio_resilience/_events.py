@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, final
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
 
 @attrs.frozen(kw_only=True)
@@ -128,7 +128,7 @@ _subscriptions: ContextVar[tuple[Subscription, ...]] = ContextVar("subscriptions
 
 
 @contextmanager
-def subscribe(listener: Callable[[Event], object]) -> Iterator[None]:
+def subscribe(listener: Callable[[Event], object]) -> Generator[None]:
     """Call *listener* with every event that this block causes, also in tasks it starts.
 
     The listener is called in the task where the event happens, at once, in order; it must be a

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -18,11 +18,12 @@ from trio_resilience._algorithms._backoff import Backoff, Exponential
 from trio_resilience._checks import (
     NotAnOperationError,
     awaitable,
+    callable_operation,
+    check_awaitable,
     integer,
     label,
     number,
     operation,
-    require_awaitable,
     seconds,
     sync_callback,
 )
@@ -35,7 +36,7 @@ from trio_resilience._classify import (
     verdict_of,
 )
 from trio_resilience._engine._deadline import limit
-from trio_resilience._engine._join import check_nursery, join
+from trio_resilience._engine._join import Job, check_nursery, join
 from trio_resilience._engine._policy import Overrides, Policy, open_overrides, overrides
 from trio_resilience._engine._report import report
 from trio_resilience._engine._traceback import add_note_once, forget_earlier_raises
@@ -126,6 +127,21 @@ def _rng(value: Random | None) -> Random:
     return Random() if value is None else value  # noqa: S311 - to spread load, not to keep secrets
 
 
+def _build_classifier(retry: Retry) -> Classifier:
+    return Classifier.of("on", retry.on)
+
+
+def _build_listeners(retry: Retry) -> tuple[Subscription, ...]:
+    callback: Any = retry.on_retry
+    return () if callback is None else (Subscription(callback),)
+
+
+def _needs_nothing(retry: Retry) -> bool:
+    """Tell whether an attempt needs no scope, and its result no judgement."""
+    timeouts = (retry.attempt_timeout, retry.total_timeout)
+    return timeouts == (math.inf, math.inf) and retry.retry_result is None
+
+
 @final
 @attrs.frozen(eq=False, kw_only=True)
 class Retry(Policy[Never]):
@@ -167,8 +183,10 @@ class Retry(Policy[Never]):
 
         page = await retry.call(fetch, url)
 
+
         @retry
         async def load(url: str) -> bytes: ...
+
 
         async for attempt in retry.attempts():
             with attempt:
@@ -185,28 +203,19 @@ class Retry(Policy[Never]):
     on_retry: Callable[[RetryScheduled], object] | None = attrs.field(
         default=None, validator=_callback
     )
-    rng: Random = attrs.field(default=None, converter=_rng, validator=_random, repr=False)
+    rng: Random = attrs.field(factory=Random, converter=_rng, validator=_random, repr=False)
     name: str = "retry"
 
-    _classifier: Classifier = attrs.field(init=False, repr=False)
-    _listeners: tuple[Subscription, ...] = attrs.field(init=False, repr=False)
-    _is_plain: bool = attrs.field(init=False, repr=False)
-    """Whether an attempt needs no scope and its result no judgement."""
+    _classifier: Classifier = attrs.field(
+        default=attrs.Factory(_build_classifier, takes_self=True), init=False, repr=False
+    )
+    _listeners: tuple[Subscription, ...] = attrs.field(
+        default=attrs.Factory(_build_listeners, takes_self=True), init=False, repr=False
+    )
+    _is_plain: bool = attrs.field(
+        default=attrs.Factory(_needs_nothing, takes_self=True), init=False, repr=False
+    )
     _counts: _Counts = attrs.field(factory=_Counts, init=False, repr=False)
-
-    @_classifier.default
-    def _build_classifier(self) -> Classifier:
-        return Classifier.of("on", self.on)
-
-    @_listeners.default
-    def _build_listeners(self) -> tuple[Subscription, ...]:
-        callback: Any = self.on_retry
-        return () if callback is None else (Subscription(callback),)
-
-    @_is_plain.default
-    def _tell_plain(self) -> bool:
-        timeouts = (self.attempt_timeout, self.total_timeout)
-        return timeouts == (math.inf, math.inf) and self.retry_result is None
 
     async def call(
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
@@ -272,7 +281,14 @@ class Retry(Policy[Never]):
 
     def _start(self, fn: object, name: str | None) -> _Call:
         mode = overrides() if open_overrides else None
-        return _Call(self, label(fn) if name is None else name, mode, self._current_counts(mode))
+        return _Call(
+            self,
+            label(fn) if name is None else name,
+            self._classifier,
+            self._listeners,
+            mode,
+            self._current_counts(mode),
+        )
 
     def _current_counts(self, mode: Overrides | None) -> _Counts:
         return self._counts if mode is None else mode.state_of(self, self._counts)
@@ -285,6 +301,10 @@ class _LongestDelays(Random):
         return 1.0
 
 
+def _choose_rng(call: _Call) -> Random:
+    return call.retry.rng if call.mode is None or call.mode.jitter else _LongestDelays()
+
+
 @final
 @attrs.define(eq=False)
 class _Call:
@@ -292,6 +312,8 @@ class _Call:
 
     retry: Retry
     operation: str
+    classifier: Classifier
+    listeners: tuple[Subscription, ...]
     mode: Overrides | None
     counts: _Counts
     attempt: int = attrs.field(default=0, init=False)
@@ -305,14 +327,10 @@ class _Call:
     _began: float = attrs.field(default=0.0, init=False)
     _deadline: float = attrs.field(default=math.inf, init=False)
     _delays: Iterator[float] | None = attrs.field(default=None, init=False)
-    _rng: Random = attrs.field(init=False)
-
-    @_rng.default
-    def _choose_rng(self) -> Random:
-        return self.retry.rng if self.mode is None or self.mode.jitter else _LongestDelays()
+    _rng: Random = attrs.field(default=attrs.Factory(_choose_rng, takes_self=True), init=False)
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self) -> Generator[None]:
         """Make one attempt in this block; swallow its failure if there is to be another."""
         self._begin()
         deadline = min(self._began + self.retry.attempt_timeout, self._deadline)
@@ -357,7 +375,7 @@ class _Call:
         if self.is_over:
             reason = f"gave up after {self._times()}: `total_timeout` is over"
         else:
-            verdict = self.retry._classifier.judge(error)
+            verdict = self.classifier.judge(error)
             reason = (
                 f"not retried: `on` does not match {type(error).__name__}"
                 if verdict is False
@@ -442,7 +460,7 @@ class _Call:
     def _announce(self, error: Exception | None) -> None:
         self._report(
             RetryScheduled,
-            also_to=self.retry._listeners,
+            also_to=self.listeners,
             attempt=self.attempt,
             delay=self.delay,
             error=error,
@@ -454,17 +472,13 @@ class _Call:
         self.is_over, self._error = True, None
         self.counts.given_up += 1
         result = None if error is not None else self.result
-        self._report(
-            RetryGaveUp, attempts=self.attempt, reason=reason, error=error, result=result
-        )
+        self._report(RetryGaveUp, attempts=self.attempt, reason=reason, error=error, result=result)
 
     def _report(self, kind: type[Any], **fields: Any) -> None:
         report(kind, policy=self.retry.name, operation=self.operation, **fields)
 
 
-async def _repeat(
-    call: _Call, fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...]
-) -> None:
+async def _repeat(call: _Call, fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
     while True:
         with call.guard():
             call.result = await awaitable(fn, *args)
@@ -473,12 +487,12 @@ async def _repeat(
         await trio.sleep(call.delay)
 
 
-def _refuse(fn: Callable[..., object], pending: object) -> None:
+def _refuse(fn: object, pending: object) -> None:
     """Raise `NotAnOperationError` if that is why calling *fn*, or awaiting *pending*, failed."""
     if pending is not fn:
-        require_awaitable(fn, pending)
-    elif isinstance(fn, Coroutine) or not callable(fn):
-        operation("fn", fn)
+        check_awaitable(fn, pending)
+    else:
+        callable_operation("fn", fn)
 
 
 @final
@@ -488,7 +502,7 @@ class Attempt:
     def __init__(self, call: _Call) -> None:
         self._call = call
         self._guard: AbstractContextManager[None] | None = None
-        self._has_ended = False
+        self.has_ended = False
         self.number = call.attempt + 1
         """Which attempt it is, counted from 1."""
 
@@ -510,7 +524,7 @@ class Attempt:
         traceback: TracebackType | None,
     ) -> bool | None:
         assert self._guard is not None
-        self._has_ended = True
+        self.has_ended = True
         return self._guard.__exit__(exc_type, exc, traceback)
 
 
@@ -528,8 +542,8 @@ class _Attempts:
     async def __anext__(self) -> Attempt:
         if self._current is None:
             await trio.lowlevel.checkpoint()
-        elif not self._current._has_ended:
-            raise RuntimeError("an attempt was not used: put `with attempt:` around the loop's body")
+        elif not self._current.has_ended:
+            raise RuntimeError("an attempt was not used: the loop's body goes in `with attempt:`")
         elif self._call.is_over:
             raise StopAsyncIteration
         else:
@@ -579,5 +593,6 @@ async def run_with_retry(
         max_attempts=max_attempts, on=retryable_errors, backoff=backoff, name="run_with_retry"
     )
     await trio.lowlevel.checkpoint_if_cancelled()
-    job = await join(nursery, partial(retry.call_counted, fn), *args, name=label(fn))
+    call: Any = partial(retry.call_counted, fn)
+    job: Job[RetryResult[T]] = await join(nursery, call, *args, name=label(fn))
     return job.result()

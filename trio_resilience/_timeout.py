@@ -16,7 +16,7 @@ from trio_resilience._errors import OperationTimeoutError
 from trio_resilience._events import TimedOut
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Generator
     from datetime import timedelta
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class Timeout(Policy[Never]):
         raise self._expire(operation)
 
     @contextmanager
-    def scope(self) -> Iterator[trio.CancelScope]:
+    def scope(self) -> Generator[trio.CancelScope]:
         """Bound a block of code rather than a function; the scope's deadline may be moved.
 
         Who cancels the scope by hand, before its time, leaves the block without an error.
@@ -108,5 +108,3 @@ class Timeout(Policy[Never]):
     def _current_counts(self) -> _Counts:
         mode = overrides() if open_overrides else None
         return self._counts if mode is None else mode.state_of(self, self._counts)
-
-

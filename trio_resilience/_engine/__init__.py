@@ -1,1 +1,1 @@
-"""What the primitives share: waiting for a job, driving an operation, time limits, the base class."""
+"""What the primitives share: joining a job, driving an operation, time limits, the base class."""

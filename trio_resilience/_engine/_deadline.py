@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
 
 @contextmanager
-def limit(deadline: float, on_expiry: Callable[[], Exception]) -> Iterator[trio.CancelScope]:
-    """Cancel the block at *deadline* and raise what *on_expiry* returns; nothing if it was not ours.
+def limit(deadline: float, on_expiry: Callable[[], Exception]) -> Generator[trio.CancelScope]:
+    """Cancel the block at *deadline* and raise what *on_expiry* returns.
 
     A scope never catches a cancellation that an outer scope shares, so an outer one wins, also at
     the same instant. Who cancels this scope by hand, before its time, asks for no error.

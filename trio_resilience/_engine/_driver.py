@@ -12,14 +12,14 @@ the operation's frames.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine
+import types
+from collections.abc import Awaitable, Coroutine, Generator
 from contextvars import Context, ContextVar
 from functools import partial
 from operator import attrgetter
-from types import CoroutineType
-from typing import Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
-from trio_resilience._checks import require_awaitable
+from trio_resilience._checks import check_awaitable
 
 
 @final
@@ -43,19 +43,29 @@ class Drive:
     def __iter__(self) -> Self:
         return self
 
-    def __await__(self) -> Self:
-        return self
+    if TYPE_CHECKING:
 
+        def __await__(self) -> Generator[Any, Any, Any]: ...
+
+    else:
+
+        def __await__(self) -> Self:
+            return self
+
+
+# What an `async def` returns; `Any`, for a test against it must not narrow the type.
+COROUTINE: Any = types.CoroutineType
 
 # Which operation the context belongs to that the interpreter is in. An operation that never gave
 # up control leaves the interpreter in the context of whatever ran in this step before it.
 operation_mark: ContextVar[int | None] = ContextVar("operation_mark", default=None)
 
 
-def as_coroutine(fn: object, value: object) -> Coroutine[Any, Any, Any]:
+def as_coroutine(fn: object, value: Any) -> Coroutine[Any, Any, Any]:
     """Return what *fn* returned as a coroutine, or raise `NotAnOperationError`."""
-    awaitable = require_awaitable(fn, value)
-    return awaitable if type(awaitable) is CoroutineType else _wait_for(awaitable)
+    check_awaitable(fn, value)
+    coro: Coroutine[Any, Any, Any] = value if type(value) is COROUTINE else _wait_for(value)
+    return coro
 
 
 async def _wait_for(awaitable: Awaitable[object]) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Generic, NoReturn, TypeVar, TypeVarTuple, final
+from typing import Generic, NoReturn, TypeVar, TypeVarTuple, cast, final
 
 import attrs
 import trio
@@ -150,8 +150,15 @@ def _split(error: BaseException) -> tuple[BaseException | None, BaseException | 
     if isinstance(error, trio.Cancelled):
         return error, None
     if isinstance(error, BaseExceptionGroup):
-        return error.split(trio.Cancelled)
+        return cast("BaseExceptionGroup[BaseException]", error).split(trio.Cancelled)
     return None, error
+
+
+def leaves_of(error: BaseException) -> list[BaseException]:
+    """Return what a nursery's group holds, or else *error* itself."""
+    if isinstance(error, BaseExceptionGroup):
+        return list(cast("BaseExceptionGroup[BaseException]", error).exceptions)
+    return [error]
 
 
 @enable_ki_protection

@@ -28,12 +28,12 @@ class Outbox:
     capacity: Callable[[], float]
     ordered: bool
     _places: int = attrs.field(default=0, init=False)
-    _ready: deque[Any] = attrs.field(factory=deque, init=False)
-    _early: dict[int, Any] = attrs.field(factory=dict, init=False)
+    _ready: deque[Any] = attrs.field(factory=deque[Any], init=False)
+    _early: dict[int, Any] = attrs.field(factory=dict[int, Any], init=False)
     """Finished before their turn, by number; unused unless in order."""
     _turn: int = attrs.field(default=0, init=False)
     _has_ended: bool = attrs.field(default=False, init=False)
-    _stalled: deque[Task] = attrs.field(factory=deque, init=False)
+    _stalled: deque[Task] = attrs.field(factory=deque[Task], init=False)
     _consumer: Task | None = attrs.field(default=None, init=False)
 
     async def reserve(self) -> None:

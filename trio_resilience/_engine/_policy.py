@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
-from typing import Any, Generic, ParamSpec, TypeVar, TypeVarTuple, final
+from typing import Any, Generic, ParamSpec, TypeVar, TypeVarTuple, cast, final
 from weakref import WeakKeyDictionary
 
 import attrs
@@ -46,16 +46,16 @@ class Policy(ABC, Generic[F]):
         Its name, docstring and signature are kept. It works on methods too, and below or above
         ``@staticmethod`` and ``@classmethod``.
         """
+        method: Any = fn
         if isinstance(fn, (staticmethod, classmethod)):
-            inner: Any = fn.__func__
-            return type(fn)(self(inner))  # type: ignore[return-value]
+            rewrapped: Any = type(method)(self(method.__func__))
+            return cast("Callable[P, Coroutine[Any, Any, T | F]]", rewrapped)
         operation("fn", fn)
-        name = label(fn)
+        call, name = cast("Callable[..., Coroutine[Any, Any, T | F]]", self.call), label(fn)
 
         @functools.wraps(fn)
         async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | F:
-            bound: Callable[..., Awaitable[T]] = functools.partial(fn, **kwargs) if kwargs else fn
-            return await self.call(bound, *args, name=name)
+            return await call(functools.partial(fn, **kwargs) if kwargs else fn, *args, name=name)
 
         return wrapper
 

@@ -8,19 +8,18 @@ moved to where this operation's time ends.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sized
+from collections.abc import AsyncIterator, Callable, Iterator, Sized
 from contextvars import Context, ContextVar
 from itertools import chain, islice
-from types import CoroutineType
-from typing import Any, Final, Literal, TypeAlias, final
+from typing import Any, Final, Literal, TypeAlias, cast, final
 
 import attrs
 import trio
 from outcome import Error, Value
 from trio.lowlevel import Abort, Task, enable_ki_protection
 
-from trio_resilience._checks import NotAnOperationError, awaitable, label, operation
-from trio_resilience._engine._driver import Drive, as_coroutine, operation_mark
+from trio_resilience._checks import NotAnOperationError, awaitable, callable_operation, label
+from trio_resilience._engine._driver import COROUTINE, Drive, as_coroutine, operation_mark
 from trio_resilience._engine._outbox import Outbox
 from trio_resilience._engine._report import report
 from trio_resilience._engine._source import AsyncSource, Pair, close, numbered
@@ -74,9 +73,11 @@ class Pool:
     outbox: Outbox | None = None
     """Where a stream's results go; without one they are kept in `results`."""
 
-    results: list[Any] = attrs.field(factory=list, init=False)
+    results: list[Any] = attrs.field(factory=list[Any], init=False)
     started: int = attrs.field(default=0, init=False)
-    failures: dict[int, tuple[Any, Exception]] = attrs.field(factory=dict, init=False)
+    failures: dict[int, tuple[Any, Exception]] = attrs.field(
+        factory=dict[int, tuple[Any, Exception]], init=False
+    )
     """Items whose operations raised, and what, by number; unless it is collected."""
     error: Exception | None = attrs.field(default=None, init=False)
     """What the source or a callback raised."""
@@ -95,17 +96,18 @@ class Pool:
     _workers: int = attrs.field(default=0, init=False)
     _spare: int = attrs.field(default=0, init=False)
     """How many more workers may be started in this batch, as operations turn up."""
-    _permits: set[object] = attrs.field(factory=set, init=False)
+    _permits: set[object] = attrs.field(factory=set[object], init=False)
     """Tokens of our workers that hold a permit of a shared bound."""
-    _queueing: set[trio.CancelScope] = attrs.field(factory=set, init=False)
+    _queueing: set[trio.CancelScope] = attrs.field(factory=set[trio.CancelScope], init=False)
     """A scope around each of our workers that waits for such a permit."""
     _outer: tuple[Pool, ...] = attrs.field(factory=_holders.get, init=False)
 
     def __attrs_post_init__(self) -> None:
-        if isinstance(self.items, AsyncIterator):
-            self._async_source = AsyncSource(self.items, self.abort)
+        items = self.items
+        if isinstance(items, AsyncIterator):
+            self._async_source = AsyncSource(cast("AsyncIterator[Any]", items), self.abort)
         else:
-            self._pairs = numbered(self.items, self.caller)
+            self._pairs = numbered(items, self.caller)
 
     # --- the supervising task -------------------------------------------------------------------
 
@@ -212,8 +214,9 @@ class Pool:
         task = trio.lowlevel.current_task()
         home, token, drive = task.context, object(), Drive()
         set_mark(None)
-        coro: Any = None
         index, item, deadline = -1, None, math.inf
+        coro: Any = None
+        scope: Any = None
         try:
             while not self._stopping:
                 failure: Exception | None = None
@@ -242,8 +245,8 @@ class Pool:
                             context.run(set_mark, index)
                             if holders is not None:
                                 context.run(_holders.set, holders)
-                            coro = context.run(*prefix, item)
-                            if type(coro) is not CoroutineType:
+                            coro = context.run(*prefix, item)  # type: ignore[call-arg]
+                            if type(coro) is not COROUTINE:
                                 coro = as_coroutine(prefix[0] if prefix else item, coro)
                             drive.load(context, coro)
                             task.context = context
@@ -405,7 +408,11 @@ class Pool:
     async def _run_reported(self, *call: Any) -> object:
         """Run an operation and tell listeners of its start and its end."""
         index, began = operation_mark.get(), trio.current_time()
-        where = {"policy": self.plan.kind, "operation": self._name_of(call[-1]), "index": index}
+        where: dict[str, Any] = {
+            "policy": self.plan.kind,
+            "operation": self._name_of(call[-1]),
+            "index": index,
+        }
         report(OperationStarted, **where)
         error: Exception | None = None
         cancelled = True
@@ -424,9 +431,8 @@ class Pool:
 
 def _refusal(index: int, item: object) -> NotAnOperationError | None:
     """Return the error that says why *item* is no operation, if it is none."""
-    if isinstance(item, Coroutine) or not callable(item):
-        try:
-            operation(f"ops[{index}]", item)
-        except NotAnOperationError as refusal:
-            return refusal.with_traceback(None)
+    try:
+        callable_operation(f"ops[{index}]", item)
+    except NotAnOperationError as refusal:
+        return refusal.with_traceback(None)
     return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextvars import Context
 from functools import partial
 from typing import Any, Self, TypeAlias, final
@@ -57,7 +58,7 @@ class AsyncSource:
     on_error: Callable[[Exception], object]
     is_exhausted: bool = attrs.field(default=False, init=False)
     _count: int = attrs.field(default=0, init=False)
-    _askers: deque[Task] = attrs.field(factory=deque, init=False)
+    _askers: deque[Task] = attrs.field(factory=deque[Task], init=False)
     _idle: Task | None = attrs.field(default=None, init=False)
 
     async def next(self) -> Pair | None:
@@ -78,14 +79,14 @@ class AsyncSource:
         return pair
 
     async def pull(self, context: Context) -> None:
-        """Serve those who ask until the items end; run as a task, whose context becomes *context*."""
+        """Serve those who ask, until the items end, as a task whose context becomes *context*."""
         trio.lowlevel.current_task().context = context
         await trio.lowlevel.cancel_shielded_checkpoint()
         try:
             try:
                 await self._serve()
             finally:
-                if isinstance(self.items, AsyncGenerator):
+                if inspect.isasyncgen(self.items):
                     await self.items.aclose()
         except Exception as error:  # noqa: BLE001 - it is raised to the caller as it is
             self.on_error(error)
