@@ -90,7 +90,7 @@ def operations(name: str, fns: Iterable[object]) -> None:
     """Check each of *fns* before any of them runs; close every coroutine object among them."""
     try:
         for index, fn in enumerate(fns):
-            inner = fn.func if type(fn) is functools.partial else fn
+            inner: Any = fn.func if isinstance(fn, functools.partial) else fn
             # The usual case, told in one step: what comes here may be a long list.
             if type(inner) is types.FunctionType and inner.__code__.co_flags & _ASYNC_DEF:
                 continue
@@ -169,7 +169,7 @@ def _may_return_awaitable(fn: types.FunctionType) -> bool:
         or _has_async_flag(fn)
         or "Awaitable" in returns
         or "Coroutine" in returns
-        or (hasattr(fn, "__wrapped__") and not _is_known_sync(fn.__wrapped__))
+        or _is_async(getattr(fn, "__wrapped__", None))
         or any(callable(content) and _is_async(content) for content in cells)
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import reprlib
 from collections.abc import (
@@ -557,7 +558,11 @@ def _take_failure(
         others = errors if body_error is None else [*errors, body_error]
         return job.stopped_by(*leaves_of(stopper), *others)
     if source_error is not None:
-        return _group(pool, failures, source_error) if errors else source_error
+        if not errors:
+            return source_error
+        if not isinstance(source_error, Exception):
+            return job.stopped_by(source_error, *errors)
+        return _group(pool, failures, source_error)
     if job.was_cancelled and not left_early and not job.was_interrupted:
         return OperationsCancelledError(errors)
     return _group(pool, failures) if errors else None
@@ -654,6 +659,8 @@ def _checked_policy(policy: object) -> Policy[object]:
 
 
 def _check_source(name: str, items: object, *, are_operations: bool) -> None:
+    if inspect.iscoroutine(items):
+        items.close()
     if not isinstance(items, (Iterable, AsyncIterable)):
         raise TypeError(f"`{name}` must be an iterable or async iterable, got {items!r}")
     if are_operations and isinstance(items, (list, tuple)):

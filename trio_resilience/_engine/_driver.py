@@ -40,6 +40,10 @@ class Drive:
         self.send = send = coro.send
         self.__next__ = partial(context.run, send, None)
 
+    def unload(self) -> None:
+        """Let go of the operation that has ended."""
+        self.coro = self.send = self.__next__ = None
+
     def __iter__(self) -> Self:
         return self
 

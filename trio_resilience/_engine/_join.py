@@ -66,10 +66,15 @@ class Job(Generic[T]):
                 # A nursery that is cancelled already runs nothing of the work.
                 await trio.lowlevel.checkpoint_if_cancelled()
                 self.value = await _unprotected(fn, *args)
-        except BaseException as error:  # noqa: BLE001 - the waiter gets it, and the nursery the rest
-            cancelled, self.error = _split(error)
-            if cancelled is not None:
-                raise cancelled from None
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the waiter gets it
+            cancellations, self.error = _split(error)
+            if cancellations is not None:
+                try:
+                    raise cancellations from None
+                finally:
+                    del cancellations
         finally:
             self._finish()
 
@@ -147,10 +152,9 @@ async def _unprotected(fn: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
 
 def _split(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
     """Part *error* into what the nursery must see, its own cancellation, and what it must not."""
-    if isinstance(error, trio.Cancelled):
-        return error, None
     if isinstance(error, BaseExceptionGroup):
-        return cast("BaseExceptionGroup[BaseException]", error).split(trio.Cancelled)
+        cancellations, rest = cast("BaseExceptionGroup[BaseException]", error).split(trio.Cancelled)
+        return (None, error) if cancellations is None else (cancellations, rest)
     return None, error
 
 

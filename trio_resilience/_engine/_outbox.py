@@ -9,7 +9,7 @@ from typing import Any, Final, final
 import attrs
 import trio
 from outcome import Value
-from trio.lowlevel import Abort, Task
+from trio.lowlevel import Abort, Task, enable_ki_protection
 
 _SKIPPED: Final = object()
 ENDED: Final = object()
@@ -36,6 +36,7 @@ class Outbox:
     _stalled: deque[Task] = attrs.field(factory=deque[Task], init=False)
     _consumer: Task | None = attrs.field(default=None, init=False)
 
+    @enable_ki_protection
     async def reserve(self) -> None:
         """Take a place for an operation that is about to start; wait until there is one."""
         while self._places >= self.capacity():
@@ -51,12 +52,14 @@ class Outbox:
 
         return abort
 
+    @enable_ki_protection
     def free(self) -> None:
         """Give a place back, to the worker that has waited longest if there is one."""
         self._places -= 1
         if self._stalled:
             trio.lowlevel.reschedule(self._stalled.popleft())
 
+    @enable_ki_protection
     def put(self, index: int, result: object) -> None:
         """Hand the result of operation *index* to the consumer, when it is its turn."""
         if self.ordered:
@@ -71,6 +74,7 @@ class Outbox:
         """Say that operation *index* has no result to deliver."""
         self.put(index, _SKIPPED)
 
+    @enable_ki_protection
     def end(self) -> None:
         """Say that nothing follows; what waits behind a gap is delivered all the same."""
         self._has_ended = True
@@ -90,6 +94,7 @@ class Outbox:
         else:
             self._ready.append(result)
 
+    @enable_ki_protection
     async def take(self) -> Any:
         """Return the next result, or `ENDED` after the last one."""
         await trio.lowlevel.checkpoint_if_cancelled()

@@ -8,15 +8,15 @@ moved to where this operation's time ends.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextvars import Context, ContextVar
 from itertools import chain, islice
-from typing import Any, Final, Literal, TypeAlias, cast, final
+from typing import Any, Final, Literal, TypeAlias, final
 
 import attrs
 import trio
 from outcome import Error, Value
-from trio.lowlevel import Abort, Task, enable_ki_protection
+from trio.lowlevel import Abort, Task, disable_ki_protection, enable_ki_protection
 
 from trio_resilience._checks import NotAnOperationError, awaitable, callable_operation, label
 from trio_resilience._engine._driver import COROUTINE, Drive, as_coroutine, operation_mark
@@ -79,7 +79,7 @@ class Pool:
         factory=dict[int, tuple[Any, Exception]], init=False
     )
     """Items whose operations raised, and what, by number; unless it is collected."""
-    error: Exception | None = attrs.field(default=None, init=False)
+    error: BaseException | None = attrs.field(default=None, init=False)
     """What the source or a callback raised."""
     is_complete: bool = attrs.field(default=False, init=False)
     """Whether every operation was pulled and has run to its end."""
@@ -103,9 +103,9 @@ class Pool:
     _outer: tuple[Pool, ...] = attrs.field(factory=_holders.get, init=False)
 
     def __attrs_post_init__(self) -> None:
-        items = self.items
-        if isinstance(items, AsyncIterator):
-            self._async_source = AsyncSource(cast("AsyncIterator[Any]", items), self.abort)
+        items: Any = self.items
+        if hasattr(items, "__anext__"):
+            self._async_source = AsyncSource(items, self.abort)
         else:
             self._pairs = numbered(items, self.caller)
 
@@ -125,7 +125,7 @@ class Pool:
                 self._give_back(token)
             try:
                 close(self.items, self.caller)
-            except Exception as error:  # noqa: BLE001 - the source's clean-up is the source's error
+            except BaseException as error:  # noqa: BLE001 - the source's clean-up is the source's error
                 self.error = self.error or error
 
     async def _run_batches(self) -> None:
@@ -152,7 +152,9 @@ class Pool:
         if self._peeked is None and not self._stopping:
             try:
                 self._peeked = await self._pull()
-            except Exception as error:  # noqa: BLE001 - it is raised to the caller as it is
+            except trio.Cancelled:
+                raise
+            except BaseException as error:  # noqa: BLE001 - it is raised to the caller as it is
                 self.abort(error)
         return self._peeked is not None
 
@@ -179,22 +181,25 @@ class Pool:
         self._supervisor = None
         return Abort.SUCCEEDED
 
+    @enable_ki_protection
     def _start_worker(self) -> None:
         self._workers += 1
         self._nursery.start_soon(self._work, name=f"{self.plan.kind} worker")
 
+    @enable_ki_protection
     def _worker_left(self) -> None:
         self._workers -= 1
         if self._workers == 0 and self._supervisor is not None:
             trio.lowlevel.reschedule(self._supervisor)
             self._supervisor = None
 
+    @enable_ki_protection
     def stop(self) -> None:
         """Begin nothing new and cancel what is running."""
         self._stopping = True
         self._nursery.cancel_scope.cancel()
 
-    def abort(self, error: Exception) -> None:
+    def abort(self, error: BaseException) -> None:
         """Stop because of the source or a callback: *error* comes out as it is."""
         if self.error is None:
             self.error = error
@@ -214,7 +219,11 @@ class Pool:
         task = trio.lowlevel.current_task()
         home, token, drive = task.context, object(), Drive()
         set_mark(None)
-        index, item, deadline = -1, None, math.inf
+        index, deadline = -1, math.inf
+        pair: Pair | None
+        context: Context | None
+        item: Any
+        value: Any
         coro: Any = None
         scope: Any = None
         try:
@@ -228,9 +237,14 @@ class Pool:
                                 if pairs is not None:
                                     pair = next(pairs, None)
                                 else:
+                                    # It may be long until the next: hold on to nothing meanwhile.
+                                    pair = item = value = context = coro = None
+                                    drive.unload()
                                     task.context, scope.deadline = home, math.inf
                                     pair = await self._admit(token)
-                            except Exception as error:  # noqa: BLE001 - comes out as it is
+                            except trio.Cancelled:
+                                raise
+                            except BaseException as error:  # noqa: BLE001 - comes out as it is
                                 self.abort(error)
                                 return
                             if pair is None:
@@ -245,9 +259,10 @@ class Pool:
                             context.run(set_mark, index)
                             if holders is not None:
                                 context.run(_holders.set, holders)
-                            coro = context.run(*prefix, item)  # type: ignore[call-arg]
-                            if type(coro) is not COROUTINE:
-                                coro = as_coroutine(prefix[0] if prefix else item, coro)
+                            value = context.run(*prefix, item)  # type: ignore[call-arg]
+                            if type(value) is not COROUTINE:
+                                value = as_coroutine(prefix[0] if prefix else item, value)
+                            coro = value
                             drive.load(context, coro)
                             task.context = context
                             if is_timed:
@@ -265,7 +280,7 @@ class Pool:
                                 break  # the scope has expired, or is about to: take a new one
                 except Exception as error:  # noqa: BLE001 - to keep it is what a worker is for
                     failure = error
-                if scope.cancelled_caught:
+                if failure is None and scope.cancelled_caught:
                     failure = self._time_out(item)
                 if failure is not None:
                     if get_mark() != index:
@@ -285,11 +300,13 @@ class Pool:
             or not isinstance(self.plan.max_concurrency, int)
         )
 
+    @enable_ki_protection
     def _grow(self) -> None:
         for _ in range(min(2, self._spare)):
             self._spare -= 1
             self._start_worker()
 
+    @enable_ki_protection
     async def _admit(self, token: object) -> Pair | None:
         """Wait for whatever bounds the start of an operation, then pull it."""
         self._give_back(token)
@@ -307,6 +324,7 @@ class Pool:
             self._start_worker()
         return pair
 
+    @disable_ki_protection
     async def _pull(self) -> Pair | None:
         if self._peeked is not None:
             pair, self._peeked = self._peeked, None
@@ -342,7 +360,7 @@ class Pool:
 
     def _refuse_deadlock(self, limiter: trio.CapacityLimiter) -> None:
         # While another worker of this call holds a permit, this one's turn will come.
-        if not self._permits and any(
+        if not (self._permits or self._queueing) and any(
             pool.plan.max_concurrency is limiter and pool._permits  # noqa: SLF001
             for pool in self._outer
         ):
@@ -383,6 +401,7 @@ class Pool:
             self.stop()
         self._tell(index, Error(error))
 
+    @enable_ki_protection
     def _keep(self, index: int, item: object, result: object) -> None:
         if self.outbox is None:
             self.results[index] = result
@@ -394,7 +413,7 @@ class Pool:
             return
         try:
             self.caller.run(self.plan.on_done, index, result)
-        except Exception as error:  # noqa: BLE001 - it is raised to the caller as it is
+        except BaseException as error:  # noqa: BLE001 - it is raised to the caller as it is
             self.abort(error)
 
     def _time_out(self, item: object) -> OperationTimeoutError:

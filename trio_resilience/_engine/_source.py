@@ -12,7 +12,7 @@ from typing import Any, Self, TypeAlias, final
 import attrs
 import trio
 from outcome import Value
-from trio.lowlevel import Abort, Task
+from trio.lowlevel import Abort, Task, disable_ki_protection, enable_ki_protection
 
 Pair: TypeAlias = tuple[int, Any]
 """An operation, or the item that it is made for, and its number."""
@@ -46,6 +46,11 @@ def close(items: object, context: Context) -> None:
         context.run(items.close)
 
 
+@disable_ki_protection
+async def _next_of(items: AsyncIterator[Any]) -> Any:
+    return await anext(items)
+
+
 @final
 @attrs.define(eq=False)
 class AsyncSource:
@@ -55,12 +60,13 @@ class AsyncSource:
     """
 
     items: AsyncIterator[Any]
-    on_error: Callable[[Exception], object]
+    on_error: Callable[[BaseException], object]
     is_exhausted: bool = attrs.field(default=False, init=False)
     _count: int = attrs.field(default=0, init=False)
     _askers: deque[Task] = attrs.field(factory=deque[Task], init=False)
     _idle: Task | None = attrs.field(default=None, init=False)
 
+    @enable_ki_protection
     async def next(self) -> Pair | None:
         """Return the next item with its number, or ``None`` after the last."""
         if self.is_exhausted:
@@ -78,6 +84,7 @@ class AsyncSource:
         pair: Pair | None = await trio.lowlevel.wait_task_rescheduled(abort)
         return pair
 
+    @enable_ki_protection
     async def pull(self, context: Context) -> None:
         """Serve those who ask, until the items end, as a task whose context becomes *context*."""
         trio.lowlevel.current_task().context = context
@@ -88,7 +95,9 @@ class AsyncSource:
             finally:
                 if inspect.isasyncgen(self.items):
                     await self.items.aclose()
-        except Exception as error:  # noqa: BLE001 - it is raised to the caller as it is
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - it is raised to the caller as it is
             self.on_error(error)
         finally:
             self.is_exhausted = True
@@ -96,13 +105,14 @@ class AsyncSource:
                 trio.lowlevel.reschedule(task, Value(None))
             self._askers.clear()
 
+    @enable_ki_protection
     async def _serve(self) -> None:
         while True:
             if not self._askers:
                 self._idle = trio.lowlevel.current_task()
                 await trio.lowlevel.wait_task_rescheduled(self._abort_idle)
             try:
-                item = await anext(self.items)
+                item = await _next_of(self.items)
             except StopAsyncIteration:
                 return
             if self._askers:  # else the job is being cancelled, and nobody runs it any more

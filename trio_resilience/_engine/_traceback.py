@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar
 
@@ -40,4 +41,5 @@ def add_note_once(error: BaseException, subject: str, text: str) -> None:
     """Add the note "*subject* *text*", unless *error* has one on that *subject* already."""
     notes: list[str] = getattr(error, "__notes__", [])
     if not any(note.startswith(subject) for note in notes):
-        error.add_note(f"{subject}{text}")
+        with suppress(Exception):  # an error class may refuse attributes; it comes out all the same
+            error.add_note(f"{subject}{text}")
