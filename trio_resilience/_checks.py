@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 import types
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -37,7 +37,10 @@ def number(name: str, value: object, *, minimum: float = 0.0, finite: bool = Fal
     """Return *value* as a float if it is a real number of at least *minimum*."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}")
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:
+        raise ValueError(f"`{name}` must be a number that a float can hold") from None
     if not result >= minimum:  # written this way round so that NaN fails too
         raise ValueError(f"`{name}` must be >= {minimum:g}, got {value!r}")
     if finite and result == math.inf:
@@ -66,7 +69,7 @@ def sync_callback(name: str, value: object) -> None:
     """Refuse what can't be called, and an async function where a plain one is called."""
     if not callable(value):
         raise TypeError(f"`{name}` must be a function, got {value!r}")
-    if inspect.iscoroutinefunction(value):
+    if _is_async(value):
         raise TypeError(f"`{name}` must be a plain function, not an async one, got {value!r}")
 
 
@@ -122,15 +125,6 @@ def check_awaitable(fn: object, value: object) -> None:
             f"{label(fn)} must be an async function, but it returned {value!r}, which can't be"
             " awaited"
         )
-
-
-def awaitable(fn: Callable[..., object], *args: object) -> Awaitable[Any]:
-    """Call *fn* and return what is to be awaited, or raise `NotAnOperationError`."""
-    callable_operation("fn", fn)
-    value: Any = fn(*args)
-    check_awaitable(fn, value)
-    awaited: Awaitable[Any] = value
-    return awaited
 
 
 def label(fn: object) -> str:

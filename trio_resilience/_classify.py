@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, timedelta
@@ -78,6 +79,8 @@ def transient(error: Exception) -> bool:
     A list of what may be retried would miss most of what happens: the errors of HTTP clients,
     `trio.BrokenResourceError` and users' own derive from nothing common.
     """
+    if isinstance(error, ExceptionGroup):
+        return all(map(transient, cast("ExceptionGroup[Exception]", error).exceptions))
     if isinstance(error, _PERMANENT):
         return False
     if isinstance(error, OSError) and error.errno in _PERMANENT_ERRNO:
@@ -175,7 +178,8 @@ def retry_after_of(answer: object, wall_clock: Callable[[], float]) -> float | N
     if isinstance(told, timedelta):
         told = told.total_seconds()
     if isinstance(told, (int, float)) and not isinstance(told, bool):
-        return float(told) if told >= 0 else None
+        told = _float(told)
+        return told if told >= 0 else None
     for source in (answer, _look(answer, "response")):
         headers = _look(source, "headers")
         text = _header(headers, "Retry-After")
@@ -224,9 +228,18 @@ def _header(headers: object, name: str) -> str | None:
             value: object = get(spelling)  # type: ignore[operator]
         except Exception:  # noqa: BLE001 - a foreign object that is no mapping of headers after all
             return None
-        if isinstance(value, (str, int, float)):
-            return str(value)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (int, float)):
+            return str(_float(value))
     return None
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _look(source: object, name: str) -> object:

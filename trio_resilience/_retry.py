@@ -17,7 +17,6 @@ import trio
 from trio_resilience._algorithms._backoff import Backoff, Exponential
 from trio_resilience._checks import (
     NotAnOperationError,
-    awaitable,
     callable_operation,
     check_awaitable,
     integer,
@@ -36,10 +35,11 @@ from trio_resilience._classify import (
     verdict_of,
 )
 from trio_resilience._engine._deadline import limit
+from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._join import Job, check_nursery, join
 from trio_resilience._engine._policy import Overrides, Policy, open_overrides, overrides
 from trio_resilience._engine._report import report
-from trio_resilience._engine._traceback import add_note_once, forget_earlier_raises
+from trio_resilience._engine._traceback import add_note_once, drop_tracebacks
 from trio_resilience._errors import OperationTimeoutError, RetriesExhaustedError
 from trio_resilience._events import (
     AttemptFinished,
@@ -167,7 +167,8 @@ class Retry(Policy[Never]):
         max_retry_after: give up when the other side, by a ``retry_after`` or a ``Retry-After``
             header, asks to wait longer than these seconds: to come back sooner makes it worse. A
             shorter wait is the least that the next delay will be.
-        on_retry: called with a `RetryScheduled` before each wait; if it raises, that is logged.
+        on_retry: called with a `RetryScheduled` before each wait; if it raises, that is logged. The
+            traceback of its error is dropped when the next attempt begins.
         rng: source of the jitter.
         name: label of the policy in events and notes.
 
@@ -231,8 +232,7 @@ class Retry(Policy[Never]):
         self._counts.calls += 1
         pending: Any = fn
         try:
-            pending = fn(*args)
-            result = await pending
+            result = await (pending := fn(*args))
         except Exception as error:
             if isinstance(error, TypeError):
                 _refuse(fn, pending)
@@ -242,7 +242,7 @@ class Retry(Policy[Never]):
                 raise
         else:
             return result
-        await trio.sleep(call.delay)
+        await call.wait()
         await _repeat(call, fn, args)
         result = call.result
         return result
@@ -324,6 +324,7 @@ class _Call:
     total_delay: float = attrs.field(default=0.0, init=False)
     _error: Exception | None = attrs.field(default=None, init=False)
     """What the attempt before raised."""
+    _traceback: TracebackType | None = attrs.field(default=None, init=False)
     _began: float = attrs.field(default=0.0, init=False)
     _deadline: float = attrs.field(default=math.inf, init=False)
     _delays: Iterator[float] | None = attrs.field(default=None, init=False)
@@ -340,10 +341,28 @@ class _Call:
         except Exception as error:
             if not self.failed(error):
                 raise
+        except BaseException:
+            self._end()
+            raise
         else:
             self._returned()
 
+    async def wait(self) -> None:
+        """Wait until it is time for the next attempt."""
+        try:
+            await trio.sleep(self.delay)
+        except BaseException:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        # Nothing of ours may keep an error alive: its traceback holds the frames that hold us.
+        self.is_over, self._error, self._traceback = True, None, None
+
     def _begin(self) -> None:
+        if self._error is not None:
+            self._traceback = self._error.__traceback__
+            drop_tracebacks(self._error)
         self._began = trio.current_time()
         if self.attempt == 0:
             self.counts.calls += 1
@@ -361,15 +380,14 @@ class _Call:
         error = OperationTimeoutError(timeout, self.operation)
         if is_total:
             self.is_over = True
-            error.__cause__ = self._error
+            if self._error is not None:
+                error.__cause__ = self._error.with_traceback(self._traceback)
         return error
 
     def failed(self, error: Exception) -> bool:
         """Say whether there is to be another attempt after *error*, and in how many seconds."""
-        if error is self._error:
-            forget_earlier_raises(error)
         if isinstance(error, NotAnOperationError):
-            self.is_over = True
+            self._end()
             return False
         self._finished(error)
         if self.is_over:
@@ -385,8 +403,8 @@ class _Call:
             self._give_up(reason, error)
             add_note_once(error, f"{self.retry.name}: ", reason)
             return False
-        self._announce(error)
         self._error = error
+        self._announce(error)
         return True
 
     def _returned(self) -> None:
@@ -395,7 +413,7 @@ class _Call:
         if self.retry.retry_result is not None and self.result is not _NOTHING:
             refused = verdict_of(self.retry.retry_result(self.result))
         if refused is False:
-            self.is_over, self._error = True, None
+            self._end()
             self.counts.recovered += self.attempt > 1
             return
         reason = self._schedule(refused, retry_after_of(self.result, time.time))
@@ -417,8 +435,11 @@ class _Call:
         delay = self._draw(verdict, told)
         if delay is None:
             return f"gave up after {self._times()}: the backoff has ended"
-        deadline = min(trio.current_effective_deadline(), self._deadline)
-        if trio.current_time() + delay >= deadline:
+        deadline = trio.current_effective_deadline()
+        if deadline == -math.inf:
+            # The call is being cancelled: the wait raises that, and nobody has given up.
+            delay = 0.0
+        elif trio.current_time() + delay >= min(deadline, self._deadline):
             return (
                 f"gave up after {self._times()}: the next one, in {delay:g} s, would not begin"
                 " before the deadline"
@@ -458,6 +479,8 @@ class _Call:
             self._report(AttemptFinished, attempt=self.attempt, duration=duration, error=error)
 
     def _announce(self, error: Exception | None) -> None:
+        if trio.current_effective_deadline() == -math.inf:
+            return
         self._report(
             RetryScheduled,
             also_to=self.listeners,
@@ -468,8 +491,7 @@ class _Call:
         )
 
     def _give_up(self, reason: str, error: Exception | None) -> None:
-        # Nothing of ours may keep the error alive: its traceback holds the frames that hold us.
-        self.is_over, self._error = True, None
+        self._end()
         self.counts.given_up += 1
         result = None if error is not None else self.result
         self._report(RetryGaveUp, attempts=self.attempt, reason=reason, error=error, result=result)
@@ -484,7 +506,7 @@ async def _repeat(call: _Call, fn: Callable[..., Awaitable[Any]], args: tuple[An
             call.result = await awaitable(fn, *args)
         if call.is_over:
             return
-        await trio.sleep(call.delay)
+        await call.wait()
 
 
 def _refuse(fn: object, pending: object) -> None:
@@ -547,7 +569,7 @@ class _Attempts:
         elif self._call.is_over:
             raise StopAsyncIteration
         else:
-            await trio.sleep(self._call.delay)
+            await self._call.wait()
         self._current = Attempt(self._call)
         return self._current
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Never, TypeVar, TypeVarTuple, final
 import attrs
 import trio
 
-from trio_resilience._checks import awaitable, label, seconds
+from trio_resilience._checks import label, seconds
 from trio_resilience._engine._deadline import limit
+from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._policy import Policy, open_overrides, overrides
 from trio_resilience._engine._report import report
 from trio_resilience._errors import OperationTimeoutError

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final
+import ssl
+from typing import TYPE_CHECKING, Final
 
 import httpx2
 import trio
 
 from trio_resilience import OperationTimeoutError, ResilienceError, transient
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class BadURLError(ValueError):
@@ -25,7 +29,11 @@ FINAL_ERRORS: Final = (
 
 def is_worth_retrying(error: Exception) -> bool | float:
     """Return whether another try may succeed: `transient`, with what is known about HTTP."""
-    return not isinstance(error, FINAL_ERRORS) and transient(error)
+    if isinstance(error, FINAL_ERRORS) or any(
+        isinstance(reason, ssl.CertificateError) for reason in _reasons(error)
+    ):
+        return False
+    return transient(error)
 
 
 def cause(error: BaseException | None) -> str:
@@ -47,9 +55,21 @@ def explain(error: BaseException) -> str:
     """Return the error as one line for a person."""
     if isinstance(error, httpx2.HTTPStatusError):
         return f"{error.response.status_code} {error.response.reason_phrase}".strip()
-    message = " ".join(str(error).split())
+    # The errors of httpx2 are often empty, and what they come from is not.
+    message = next((text for reason in _reasons(error) if (text := _one_line(reason))), "")
     if isinstance(error, OperationTimeoutError):
         return f"timed out after {error.timeout:g} s"
     if isinstance(error, (ResilienceError, BadURLError)):
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _reasons(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error, what it comes from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -21,4 +21,6 @@ def limit(deadline: float, on_expiry: Callable[[], Exception]) -> Generator[trio
     with trio.CancelScope(deadline=deadline) as scope:
         yield scope
     if scope.cancelled_caught and trio.current_time() >= scope.deadline:
-        raise on_expiry()
+        expiry = on_expiry()
+        # The cancellation that did it is our own device: no traceback shows it.
+        raise expiry from expiry.__cause__

@@ -13,18 +13,24 @@ the operation's frames.
 from __future__ import annotations
 
 import types
-from collections.abc import Awaitable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context, ContextVar
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Self, final
 
-from trio_resilience._checks import check_awaitable
+import trio
+
+from trio_resilience._checks import callable_operation, check_awaitable
 
 
 @final
 class Drive:
     """An awaitable that a worker uses again for each of its operations."""
+
+    __next__: Any
+    coro: Any
+    send: Any
 
     __slots__ = ("__next__", "coro", "send")
 
@@ -63,6 +69,19 @@ COROUTINE: Any = types.CoroutineType
 # Which operation the context belongs to that the interpreter is in. An operation that never gave
 # up control leaves the interpreter in the context of whatever ran in this step before it.
 operation_mark: ContextVar[int | None] = ContextVar("operation_mark", default=None)
+
+
+@trio.lowlevel.enable_ki_protection
+def awaitable(fn: Callable[..., object], *args: object) -> Awaitable[Any]:
+    """Call *fn* and return what is to be awaited, or raise `NotAnOperationError`.
+
+    Ctrl-C waits for the ``await`` that follows, and so never drops a coroutine on the way to it.
+    """
+    callable_operation("fn", fn)
+    value: Any = fn(*args)
+    check_awaitable(fn, value)
+    awaited: Awaitable[Any] = value
+    return awaited
 
 
 def as_coroutine(fn: object, value: Any) -> Coroutine[Any, Any, Any]:

@@ -9,7 +9,7 @@ import attrs
 import trio
 from trio.lowlevel import Abort, Task, enable_ki_protection
 
-from trio_resilience._checks import awaitable
+from trio_resilience._engine._driver import awaitable
 from trio_resilience._errors import OperationsCancelledError
 
 T = TypeVar("T")

@@ -18,8 +18,14 @@ import trio
 from outcome import Error, Value
 from trio.lowlevel import Abort, Task, disable_ki_protection, enable_ki_protection
 
-from trio_resilience._checks import NotAnOperationError, awaitable, callable_operation, label
-from trio_resilience._engine._driver import COROUTINE, Drive, as_coroutine, operation_mark
+from trio_resilience._checks import NotAnOperationError, callable_operation, label
+from trio_resilience._engine._driver import (
+    COROUTINE,
+    Drive,
+    as_coroutine,
+    awaitable,
+    operation_mark,
+)
 from trio_resilience._engine._outbox import Outbox
 from trio_resilience._engine._report import report
 from trio_resilience._engine._source import AsyncSource, Pair, close, numbered
@@ -259,10 +265,9 @@ class Pool:
                             context.run(set_mark, index)
                             if holders is not None:
                                 context.run(_holders.set, holders)
-                            value = context.run(*prefix, item)  # type: ignore[call-arg]
-                            if type(value) is not COROUTINE:
-                                value = as_coroutine(prefix[0] if prefix else item, value)
-                            coro = value
+                            coro = context.run(*prefix, item)  # type: ignore[call-arg]
+                            if type(coro) is not COROUTINE:
+                                coro = as_coroutine(prefix[0] if prefix else item, coro)
                             drive.load(context, coro)
                             task.context = context
                             if is_timed:
@@ -289,7 +294,7 @@ class Pool:
                     self._failed(index, item, failure)
         finally:
             self._give_back(token)
-            if coro is not None:
+            if type(coro) is COROUTINE:
                 coro.close()  # it has ended, unless Ctrl-C came before it began
             self._worker_left()
 

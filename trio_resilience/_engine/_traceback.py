@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from types import TracebackType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 
@@ -24,17 +25,30 @@ def _is_ours(traceback: TracebackType) -> bool:
     return module == _PACKAGE or module.startswith(f"{_PACKAGE}.")
 
 
-def forget_earlier_raises(error: BaseException) -> None:
-    """Cut off what earlier raises of the same instance, through the same frame, left behind.
+def drop_tracebacks(error: BaseException) -> None:
+    """Let *error*, or a part of it, be raised again as if it had not been raised before.
 
-    Python puts each new raise in front of the old ones: an error object that is raised for every
-    attempt would carry them all.
+    Python puts the frames of a new raise in front of those of the old ones: an instance that is
+    raised for every attempt would carry them all. What the caller is handling meanwhile is not ours.
     """
-    first = traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        if traceback.tb_next.tb_frame is first.tb_frame:  # type: ignore[union-attr]
-            traceback.tb_next = None
-        traceback = traceback.tb_next
+    handled = {id(part) for part in _parts(sys.exception())}
+    for part in _parts(error):
+        if id(part) not in handled:
+            part.__traceback__ = None
+
+
+def _parts(error: BaseException | None) -> list[BaseException]:
+    """Return *error*, what it groups, and what it was raised from, each of them once."""
+    found: dict[int, BaseException] = {}
+    left = [error]
+    while left:
+        part = left.pop()
+        if part is not None and id(part) not in found:
+            found[id(part)] = part
+            left += [part.__cause__, part.__context__]
+            if isinstance(part, BaseExceptionGroup):
+                left += cast("BaseExceptionGroup[BaseException]", part).exceptions
+    return list(found.values())
 
 
 def add_note_once(error: BaseException, subject: str, text: str) -> None:

@@ -11,6 +11,7 @@ from ._cancel_records import (
     Scenario,
 )
 from ._pause import pause
+from ._test_mode import test_mode
 
 __all__ = [
     "CancelEverywhereError",
@@ -20,4 +21,5 @@ __all__ = [
     "Scenario",
     "cancel_everywhere",
     "pause",
+    "test_mode",
 ]

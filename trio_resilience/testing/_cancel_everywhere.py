@@ -17,7 +17,7 @@ from ._cancel_records import (
     check_int,
 )
 from ._cancel_run import CancelRun
-from ._scheduling import is_replayable
+from ._scheduling import is_answered, is_replayable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +33,7 @@ def cancel_everywhere(
     max_suspensions: int = 1000,
     max_steps: int = 10_000,
     max_findings: int = 10,
-    only: CancelPoint | None = None,
+    only: CancelPoint | Finding | None = None,
 ) -> CancelReport:
     """Run a scenario again and again, cancelled each time at another instant; raise what broke.
 
@@ -114,15 +114,16 @@ def cancel_everywhere(
             the nursery if the victim started anything in it.
         seeds: each makes trio run the runnable tasks in another, repeatable order.
         max_suspensions: a victim that suspends more often is a `ValueError`: it would take long.
-        max_steps: how many steps all tasks of one run may make together.
+        max_steps: how many steps all tasks of one run may make together. (A task that loops without
+            ever suspending cannot be stopped.)
         max_findings: stop when there are so many; the first is usually enough.
-        only: make only this run: the `point` of a finding, as its message shows it.
+        only: make only this run: a finding, or its `point`, as its message shows it.
 
     Raises:
         CancelEverywhereError: an `AssertionError` with all ``findings``, each replayable.
     """
     __tracebackhide__ = True  # pytest then shows the caller's line, not this docstring
-    if trio.lowlevel.in_trio_run():
+    if is_answered(trio.lowlevel.current_trio_token):
         raise RuntimeError("cancel_everywhere makes its own runs: call it from a sync test")
     for name, limit in (
         ("max_suspensions", max_suspensions),
@@ -131,10 +132,10 @@ def cancel_everywhere(
     ):
         check_int(name, limit, at_least=1)
     search = _Search(make_scenario, max_suspensions, max_steps, max_findings)
-    if only is not None:
-        search.run(only)
-    else:
+    if only is None:
         search.run_all(_checked_targets(targets), seeds)
+    else:
+        search.run(_checked_point(only))
     if search.findings:
         raise CancelEverywhereError(tuple(search.findings), search.report())
     return search.report()
@@ -145,6 +146,13 @@ def _checked_targets(targets: Sequence[Target] | None) -> Sequence[Target] | Non
     if targets is not None and not (targets and set(targets) <= set(known)):
         raise ValueError(f"`targets` must be some of {known}, got {targets!r}")
     return targets
+
+
+def _checked_point(only: object) -> CancelPoint:
+    point = only.point if isinstance(only, Finding) else only
+    if not isinstance(point, CancelPoint):
+        raise TypeError(f"`only` must be a CancelPoint or a Finding, got {only!r}")
+    return point
 
 
 @attrs.define(eq=False)
@@ -173,13 +181,15 @@ class _Search:
     def run_all(self, targets: Sequence[Target] | None, seeds: Iterable[int]) -> None:
         for seed in seeds:
             quiet = self.run(CancelPoint("caller", "never", 0, seed))
-            if quiet.findings or self._has_enough:
+            if quiet.findings:
                 return  # what goes wrong by itself would only do so again in every other run
             _refuse_sleep_alone(quiet.watch)
             self._refuse_length(quiet.watch.suspensions)
             used: list[Target] = ["caller", "nursery"] if quiet.watch.uses_nursery else ["caller"]
             for target in targets or used:
                 self._run_target(target, seed)
+            if self._has_enough:
+                return
         if not self._runs:
             raise ValueError("`seeds` must not be empty")
 

@@ -82,9 +82,8 @@ class CancelRun:
             await self._play(scenario)
             if scenario.fresh_user is not None:
                 await self._admit(scenario.fresh_user)
-        if not self._is_torn_down:
-            self._look_around()
-            self._check_invariant(scenario)
+        self._find_left_behind(self._living_tasks(), "are left when everything is over")
+        self._check_invariant(scenario)
 
     async def _play(self, scenario: Scenario) -> None:
         done = trio.Event()
@@ -128,7 +127,10 @@ class CancelRun:
             nursery.start_soon(self._run_bystander, name, fresh_user, name=name)
 
     def _listen(self, value: object) -> None:
-        """Note a `Cancelled` of ours; one of a scope inside the call is the call's own affair."""
+        """Note a `Cancelled` of ours; one of a scope inside the call is the call's own affair.
+
+        Before trio 0.31, which gives no reasons, all of them look like ours.
+        """
         error = getattr(value, "error", None)  # trio resumes a task with an `outcome`
         if self.has_cancelled and isinstance(error, trio.Cancelled):
             self._was_delivered |= getattr(error, "reason", _REASON) == _REASON
@@ -142,10 +144,9 @@ class CancelRun:
         with Trap() as trap:
             scope.cancel(**_WITH_REASON)
         if trap.error is not None:
-            # The task that it belongs to is now neither asleep nor awake, for ever.
+            # The task that it belongs to will probably never wake, and deadlock the run.
             self._find(f"an abort function raised {_describe(trap.error)}")
             self._is_torn_down = True
-            abandon_run(self._clock)
 
     def _tear_down(self, problem: str) -> None:
         """End a run that cannot end: politely first, so that most tasks clean up as usual."""
@@ -158,11 +159,12 @@ class CancelRun:
 
     def _judge(self, scenario: Scenario, error: BaseException | None) -> None:
         allowed: tuple[type[BaseException], ...] = scenario.expected
-        if self.has_cancelled and self.point.target == "caller":
+        is_cancelled = self.has_cancelled and self.point.target == "caller"
+        if is_cancelled:
             allowed = (*allowed, trio.Cancelled)
         elif self.has_cancelled:
             allowed = (*allowed, *scenario.on_nursery_cancelled)
-        if self._was_delivered and not contains(error, trio.Cancelled):
+        if is_cancelled and self._was_delivered and not contains(error, trio.Cancelled):
             ending = "it returned" if error is None else f"it raised {_describe(error)}"
             self._find(f"`Cancelled` was delivered to the victim, and swallowed: {ending}")
         else:
@@ -170,9 +172,6 @@ class CancelRun:
 
     def _living_tasks(self) -> list[Task]:
         return [task for task in self.watch.alive if task not in self._not_ours]
-
-    def _look_around(self) -> None:
-        self._find_left_behind(self._living_tasks(), "are left when everything is over")
 
     def _check_invariant(self, scenario: Scenario) -> None:
         if scenario.invariant is None:

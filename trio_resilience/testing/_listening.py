@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
 
-def contains(error: BaseException | None, *types: type[BaseException]) -> bool:
-    """Return whether *error* is of one of *types*, or a group with such a leaf."""
-    return any(isinstance(leaf, types) for leaf in strangers(error, ()))
+def contains(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Return whether *error* is a *kind*, or a group with such a leaf."""
+    return any(isinstance(leaf, kind) for leaf in strangers(error, ()))
 
 
 def strangers(
@@ -30,7 +30,7 @@ def strangers(
 
 @attrs.define(eq=False)
 class Trap:
-    """Keep what leaves the block in `error`; only Ctrl-C, and the end of a coroutine, get out."""
+    """Keep what leaves the block in `error`; only Ctrl-C gets out."""
 
     error: BaseException | None = attrs.field(default=None, init=False)
 
@@ -41,7 +41,7 @@ class Trap:
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> bool:
         self.error = error
-        return not contains(error, KeyboardInterrupt, GeneratorExit)
+        return not contains(error, KeyboardInterrupt)
 
 
 @attrs.define(eq=False)

@@ -144,9 +144,4 @@ class RunWatch(trio.abc.Instrument):
 
 
 def _nothing_will_come() -> bool:
-    statistics = trio.lowlevel.current_statistics()
-    return (
-        statistics.seconds_to_next_deadline == math.inf
-        and statistics.run_sync_soon_queue_size == 0
-        and statistics.tasks_runnable == 0
-    )
+    return trio.lowlevel.current_statistics().seconds_to_next_deadline == math.inf

@@ -16,8 +16,11 @@ _TRIO = (trio.__file__ or "").removesuffix("__init__.py")
 
 def locate(task: Task) -> str:
     """Return where *task* is suspended, innermost call first, without the harness's own frames."""
-    if inspect.getcoroutinestate(task.coro) == inspect.CORO_CREATED:
+    state = inspect.getcoroutinestate(task.coro)
+    if state == inspect.CORO_CREATED:
         return "before its first step"
+    if state == inspect.CORO_CLOSED:
+        return "finished"
     calls: list[str] = []
     inside_trio = False
     for frame, line in task.iter_await_frames():

@@ -11,7 +11,7 @@ from trio_resilience._checks import integer
 from trio_resilience._engine._policy import Overrides, current_overrides, open_overrides
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def test_mode(
     jitter: bool = False,
     delays: bool = True,
     fresh: bool = True,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Let the policies that are used in this block, and in tasks it starts, behave for a test.
 
     It changes nothing outside the block, and nothing once the block has ended; so policies that

@@ -1,0 +1,205 @@
+"""What Retry lets through at once and untouched: everything that is no `Exception`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+import trio.testing
+
+from tests.operations import leaves
+from tests.test_retry import Script, errors, exactly
+from trio_resilience import Retry, RetryStatistics
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from trio.testing import MockClock
+
+GREEDY: list[Any] = [Exception, lambda _: True, lambda error: not isinstance(error, ValueError)]
+
+greedy = pytest.mark.parametrize("on", GREEDY, ids=["type", "always", "not"])
+stops = pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit])
+
+
+async def by_call(retry: Retry, op: Callable[[], Awaitable[Any]]) -> Any:
+    return await retry.call(op)
+
+
+async def by_count(retry: Retry, op: Callable[[], Awaitable[Any]]) -> Any:
+    return (await retry.call_counted(op)).result
+
+
+async def by_decorator(retry: Retry, op: Callable[[], Awaitable[Any]]) -> Any:
+    return await retry(op)()
+
+
+async def by_attempts(retry: Retry, op: Callable[[], Awaitable[Any]]) -> Any:
+    result: Any = None
+    async for attempt in retry.attempts():
+        with attempt:
+            result = await op()
+            attempt.set_result(result)
+    return result
+
+
+forms = pytest.mark.parametrize("form", [by_call, by_count, by_decorator, by_attempts])
+timed = pytest.mark.parametrize("options", [{}, {"attempt_timeout": 60}], ids=["plain", "timed"])
+
+
+# --- only Exception is handled ------------------------------------------------------------------
+
+
+@forms
+@greedy
+@timed
+@stops
+@pytest.mark.parametrize("before", [0, 1])
+async def test_what_stops_a_program_passes_through(
+    autojump_clock: MockClock,
+    form: Any,
+    on: Any,
+    options: dict[str, Any],
+    stop: type[BaseException],
+    before: int,
+) -> None:
+    """At once, as the same object; no hook is asked, and no verdict is counted."""
+    asked, told = list[BaseException](), list[object]()
+
+    def judge(error: Exception) -> bool:
+        asked.append(error)
+        return bool(on(error)) if not isinstance(on, type) else True
+
+    error = stop("enough")
+    script = Script([*errors(before), error])
+    policy = exactly(on=judge, on_retry=told.append, **options)
+    with pytest.raises(stop) as caught:
+        await form(policy, script)
+    assert caught.value is error
+    assert not hasattr(error, "__notes__")
+    assert (script.calls, len(asked), len(told)) == (before + 1, before, before)
+    statistics = policy.statistics()
+    assert (statistics.recovered, statistics.given_up) == (0, 0)
+
+
+@forms
+@greedy
+@timed
+async def test_a_cancelled_attempt_is_not_retried(
+    autojump_clock: MockClock, form: Any, on: Any, options: dict[str, Any]
+) -> None:
+    """Nor judged, counted or announced: `Cancelled` reaches its scope."""
+    told, script = list[object](), Script(seconds=9)
+    policy = exactly(on=on, on_retry=told.append, **options)
+    with trio.move_on_after(2) as scope:
+        await form(policy, script)
+    assert scope.cancelled_caught
+    assert (script.calls, told, trio.current_time()) == (1, [], 2)
+    assert policy.statistics() == RetryStatistics(1, 1, 0, 0)
+
+
+@forms
+@greedy
+@timed
+async def test_a_cancelled_wait_is_the_end(
+    autojump_clock: MockClock, form: Any, on: Any, options: dict[str, Any]
+) -> None:
+    """Nothing is called after it, and the failure before it is not counted as given up."""
+    script, policy = Script([*errors(9)]), exactly(on=on, max_attempts=None, **options)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(form, policy, script)
+        await trio.sleep(2)
+        nursery.cancel_scope.cancel()
+    assert (script.began_at, trio.current_time()) == ([0, 1], 2)
+    assert policy.statistics() == RetryStatistics(1, 2, 0, 0)
+
+
+@forms
+async def test_a_hook_that_raises_cancelled_is_obeyed(form: Any) -> None:
+    """A cancellation from within `on_retry` is no error of the hook."""
+    script = Script([*errors(9)])
+    with trio.CancelScope() as scope:
+        policy = exactly(on_retry=lambda _: scope.cancel())
+        await form(policy, script)
+    assert scope.cancelled_caught
+    assert script.calls == 1
+
+
+@forms
+@greedy
+async def test_a_group_with_a_cancellation_is_not_retried(
+    autojump_clock: MockClock, form: Any, on: Any
+) -> None:
+    """A real one, beside a real failure: it reaches its scope, and the failure is not lost."""
+    calls = 0
+
+    async def fail_late() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ConnectionError("in the clean-up")  # noqa: B012 - what users' code does
+
+    async def op() -> None:
+        nonlocal calls
+        calls += 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail_late)
+            nursery.start_soon(trio.sleep_forever)
+
+    policy = exactly(on=on)
+    with pytest.raises(BaseExceptionGroup) as caught, trio.move_on_after(2) as scope:
+        await form(policy, op)
+    assert [str(leaf) for leaf in leaves(caught.value)] == ["in the clean-up"]
+    assert scope.cancelled_caught
+    assert (calls, policy.statistics().given_up) == (1, 0)
+
+
+@forms
+@greedy
+@stops
+async def test_a_group_with_a_stop_is_not_retried(
+    form: Any, on: Any, stop: type[BaseException]
+) -> None:
+    """However deep it is in it."""
+    group = BaseExceptionGroup("1", [OSError(), BaseExceptionGroup("2", [stop()])])
+    script = Script([group])
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await form(exactly(on=on), script)
+    assert caught.value is group
+    assert script.calls == 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_groups_are_judged_also_without_strict_groups(strict: bool) -> None:
+    """A nursery's single failure may come as a group or bare: both are retried."""
+    calls = 0
+
+    async def op() -> None:
+        nonlocal calls
+        calls += 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Script([OSError("down")]))
+
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    with warnings.catch_warnings(), pytest.raises(ExceptionGroup if strict else OSError):
+        warnings.simplefilter("ignore", trio.TrioDeprecationWarning)
+        trio.run(exactly().call, op, clock=clock, strict_exception_groups=strict)
+    assert calls == 3
+
+
+@pytest.mark.parametrize("error", [StopIteration("a"), StopAsyncIteration("b")], ids=repr)
+@pytest.mark.parametrize("on", [Exception, OSError])
+async def test_errors_that_python_treats_specially_stay_themselves(
+    autojump_clock: MockClock, error: Exception, on: Any
+) -> None:
+    """A block may raise them, and gets them back."""
+    count = 0
+    with pytest.raises(type(error)) as caught:
+        async for attempt in exactly(on=on).attempts():
+            with attempt:
+                count += 1
+                raise error
+    assert caught.value is error
+    assert count == (3 if on is Exception else 1)

@@ -1,0 +1,169 @@
+"""What type checkers must infer for users of the public API; checked by them, and never run."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, assert_type
+
+import trio
+from outcome import Error, Value
+
+from trio_resilience import (
+    Exponential,
+    OperationsFailedError,
+    RejectedError,
+    Retry,
+    RetryResult,
+    Timeout,
+    map_with_limit,
+    run_in,
+    run_with_limit,
+    run_with_retry,
+    stream_map_with_limit,
+    stream_with_limit,
+    transient,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+
+retry = Retry(max_attempts=5, backoff=Exponential(0.1), on=(transient, OSError))
+timeout = Timeout(1.0)
+
+
+async def fetch(url: str, *, size: int = 10) -> bytes:
+    """Stand for any operation with arguments."""
+    await trio.lowlevel.checkpoint()
+    return url.encode()[:size]
+
+
+async def tick() -> int:
+    """Stand for any operation without."""
+    await trio.lowlevel.checkpoint()
+    return 1
+
+
+def endless() -> Iterator[Callable[[], Awaitable[int]]]:
+    """Stand for a lazy source."""
+    while True:
+        yield tick
+
+
+async def arriving() -> AsyncIterator[str]:
+    """Stand for an asynchronous source."""
+    await trio.lowlevel.checkpoint()
+    yield "url"
+
+
+async def results_of_run_with_limit(nursery: trio.Nursery) -> None:
+    """The overloads of `on_error` decide between results and outcomes."""
+    assert_type(await run_with_limit(nursery, [tick, tick]), list[int])
+    assert_type(await run_with_limit(None, endless(), on_error="cancel"), list[int])
+    assert_type(await run_with_limit(None, [tick], on_error="continue", timeout=3), list[int])
+    assert_type(
+        await run_with_limit(nursery, [tick], on_error="collect"),
+        list[Value[int] | Error],
+    )
+    assert_type(await run_with_limit(None, [partial(fetch, "url", size=3)]), list[bytes])
+    assert_type(await run_with_limit(None, (tick for _ in range(3)), policy=retry), list[int])
+    await run_with_limit(None, [tick], max_concurrency=trio.CapacityLimiter(3))
+
+
+async def results_of_map_with_limit(nursery: trio.Nursery) -> None:
+    """So they do for `map_with_limit`, whose items have a type too."""
+    assert_type(await map_with_limit(nursery, fetch, ["a", "b"]), list[bytes])
+    assert_type(await map_with_limit(None, fetch, arriving(), on_error="continue"), list[bytes])
+    assert_type(
+        await map_with_limit(None, fetch, ["a"], on_error="collect"),
+        list[Value[bytes] | Error],
+    )
+    await map_with_limit(None, fetch, [1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def results_of_streams(nursery: trio.Nursery) -> None:
+    """A stream yields an index or an item beside each result."""
+    async with stream_with_limit(nursery, endless(), ordered=True) as results:
+        async for pair in results:
+            assert_type(pair, tuple[int, int])
+    async with stream_with_limit(None, [tick], on_error="collect") as outcomes:
+        async for index, outcome in outcomes:
+            assert_type(index, int)
+            assert_type(outcome, Value[int] | Error)
+    async with stream_map_with_limit(nursery, fetch, arriving(), buffer=3) as pages:
+        async for page in pages:
+            assert_type(page, tuple[str, bytes])
+    async with stream_map_with_limit(None, fetch, ["a"], on_error="collect") as attempts:
+        async for url, answer in attempts:
+            assert_type(url, str)
+            assert_type(answer, Value[bytes] | Error)
+
+
+async def result_of_run_in(nursery: trio.Nursery) -> None:
+    """`run_in` passes arguments and the result's type through."""
+    assert_type(await run_in(nursery, tick), int)
+    assert_type(await run_in(nursery, fetch, "url", policy=retry, name="fetch"), bytes)
+    assert_type(await run_in(None, fetch, "url"), bytes)
+    await run_in(nursery, fetch, 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def results_of_policies() -> None:
+    """`call` has the operation's own type."""
+    assert_type(await retry.call(fetch, "url"), bytes)
+    assert_type(await retry.call(partial(fetch, "url", size=3), name="fetch"), bytes)
+    assert_type(await timeout.call(tick), int)
+    await retry.call(fetch, 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def results_of_retries(nursery: trio.Nursery) -> None:
+    """`call_counted` and the one-liner tell the number of attempts with the result."""
+    assert_type(await retry.call_counted(tick), RetryResult[int])
+    counted = await run_with_retry(nursery, fetch, "url", max_attempts=3, jitter=False)
+    assert_type(counted, RetryResult[bytes])
+    assert_type(counted.result, bytes)
+    assert_type(counted.attempts, int)
+    assert_type(counted.total_delay, float)
+    async for attempt in retry.attempts():
+        with attempt:
+            assert_type(await tick(), int)
+
+
+@retry
+@timeout
+async def decorated(url: str, *, size: int = 10) -> bytes:
+    """Keep its signature."""
+    return await fetch(url, size=size)
+
+
+class Client:
+    """Methods keep theirs too."""
+
+    @retry
+    async def get(self, url: str) -> bytes:
+        """Fetch it."""
+        return await fetch(url)
+
+
+async def decorated_functions_keep_their_signature(client: Client) -> None:
+    """Parameters, keywords and results are checked as if there were no decorator."""
+    assert_type(await decorated("url", size=3), bytes)
+    assert_type(await client.get("url"), bytes)
+    await decorated(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await decorated("url", length=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+async def failures_are_typed() -> None:
+    """The group's outcomes and leaves, and what the handler of a rejection gets."""
+    try:
+        await run_with_limit(None, [tick])
+    except OperationsFailedError as error:
+        assert_type(error.outcomes, Sequence[Value[Any] | Error | None])
+        for leaf in error.exceptions:
+            leaf.add_note("every leaf is an exception")
+    except RejectedError as error:
+        assert_type(error.retry_after, float | None)
+
+
+def wrong_options_are_refused() -> None:
+    """What is checked at the door is checked before that by type checkers."""
+    Retry(on_error="collect")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Timeout("3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
