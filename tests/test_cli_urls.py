@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,8 +14,7 @@ from trio_resilience._cli._terminal import UsageError
 from trio_resilience._cli._urls import CHUNK, Job, JobSource, find_problem, opened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Generator
 
 
 async def read_all(name: str, *urls: str) -> list[Job]:
@@ -143,16 +143,20 @@ def test_the_file_is_closed_at_the_end(listed: Callable[[bytes], str]) -> None:
         os.fstat(descriptor)
 
 
-async def test_a_hyphen_stands_for_stdin(
-    listed: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is read from where it is, and stays open."""
-    with os.fdopen(os.open(listed(b"http://a/\nnonsense"), os.O_RDONLY)) as stdin:
+@pytest.fixture
+def stdin(listed: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch) -> Generator[int]:
+    """Yield the descriptor of a stdin that has two lines."""
+    with Path(listed(b"http://a/\nnonsense")).open() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        jobs = await read_all("-")
-        assert [job.url for job in jobs] == ["http://a/", "nonsense"]
-        assert jobs[1].problem == "-:2: not an http or https URL: 'nonsense'"
-        os.fstat(stdin.fileno())
+        yield stdin.fileno()
+
+
+async def test_a_hyphen_stands_for_stdin(stdin: int) -> None:
+    """It is read from where it is, and stays open."""
+    jobs = await read_all("-")
+    assert [job.url for job in jobs] == ["http://a/", "nonsense"]
+    assert jobs[1].problem == "-:2: not an http or https URL: 'nonsense'"
+    os.fstat(stdin)
 
 
 async def test_a_file_that_fails_while_it_is_read_is_named(listed: Callable[[bytes], str]) -> None:

@@ -253,3 +253,66 @@ async def test_a_limiter_works_in_two_runs(autojump_clock: MockClock) -> None:
             None, [gauge.op(0, 1, OSError()), gauge.op(1)], max_concurrency=limiter
         )
     assert await run_with_limit(None, gauge.ops(1, 1), max_concurrency=limiter) == [0, 1]
+
+
+async def test_calls_take_turns_at_a_shared_limiter(autojump_clock: MockClock) -> None:
+    """A call that gives its token back and wants it again waits behind the other one."""
+    limiter, order = trio.CapacityLimiter(1), list[str]()
+
+    async def work(name: str) -> None:
+        order.append(name)
+        await trio.sleep(1)
+
+    async def call(name: str) -> None:
+        await run_with_limit(None, [partial(work, name)] * 4, max_concurrency=limiter)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call, "a")
+        await trio.sleep(0.5)
+        nursery.start_soon(call, "b")
+    assert "".join(order) == "abababab"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_limiter_may_be_shut_and_opened_again(
+    autojump_clock: MockClock, streamed: bool
+) -> None:
+    """With no token nothing starts; as soon as there is one, the work goes on."""
+    limiter, gauge, watch = trio.CapacityLimiter(1), Gauge(), Stopwatch()
+
+    async def control() -> None:
+        await trio.sleep(1.5)
+        limiter.total_tokens = 0
+        await trio.sleep(8.5)
+        limiter.total_tokens = 1
+
+    async def consume() -> None:
+        async with stream_with_limit(None, gauge.ops(1, 1, 1), max_concurrency=limiter) as results:
+            assert [index async for index, _ in results] == [0, 1, 2]
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(control)
+        with trio.fail_after(60):
+            if streamed:
+                await consume()
+            else:
+                await run_with_limit(None, gauge.ops(1, 1, 1), max_concurrency=limiter)
+    assert gauge.finished == [0, 1, 2]
+    assert watch.seconds == 11
+
+
+async def test_a_stream_may_begin_with_a_limiter_that_is_shut(autojump_clock: MockClock) -> None:
+    """It waits for the first token, and starts when there is one."""
+    limiter, gauge = trio.CapacityLimiter(1), Gauge()
+    limiter.total_tokens = 0
+
+    async def control() -> None:
+        await trio.sleep(5)
+        limiter.total_tokens = 2
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(control)
+        with trio.fail_after(60):
+            async with stream_with_limit(None, gauge.ops(1, 1), max_concurrency=limiter) as results:
+                assert sorted([index async for index, _ in results]) == [0, 1]
+    assert gauge.peak == 2

@@ -10,7 +10,7 @@ import outcome
 import pytest
 import trio
 
-from tests.operations import Gauge, Stopwatch, foreign_nursery, leaves, operation_notes
+from tests.operations import Gauge, Stopwatch, foreign_nursery, leaves, operation_notes, returns
 from trio_resilience import (
     Constant,
     OperationsFailedError,
@@ -22,6 +22,8 @@ from trio_resilience import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from trio.testing import MockClock
 
 
@@ -217,3 +219,10 @@ async def test_a_hundred_timeouts_run_side_by_side(autojump_clock: MockClock) ->
     )  # fmt: skip
     assert collected_types(results).count(OperationTimeoutError) == 49
     assert watch.seconds == 5.05
+
+
+async def test_a_timeout_of_zero_stops_at_the_first_checkpoint(autojump_clock: MockClock) -> None:
+    """As under trio.fail_after(0): only what needs no time succeeds."""
+    ops: list[Callable[[], Awaitable[None]]] = [partial(returns, None), trio.lowlevel.checkpoint]
+    results = await run_with_limit(None, ops * 2, timeout=0, on_error="collect", max_concurrency=1)
+    assert collected_types(results) == [type(None), OperationTimeoutError] * 2

@@ -15,6 +15,7 @@ from tests.operations import (
     Stopwatch,
     closed_nursery,
     foreign_nursery,
+    reachable,
 )
 from trio_resilience import (
     OperationsCancelledError,
@@ -286,3 +287,41 @@ async def test_the_repr_of_a_stream_says_where_it_stands() -> None:
     shown.append(repr(stream))
     assert len(set(shown)) == 3
     assert all("stream_with_limit" in each for each in shown)
+
+
+@both
+async def test_an_error_in_the_body_survives_a_cancellation_during_the_join(
+    autojump_clock: MockClock, given: bool
+) -> None:
+    """The body's error was first; that its caller is cancelled meanwhile does not hide it."""
+    error = OSError()
+
+    async def careful() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(5)
+
+    async with foreign_nursery() as nursery:
+        with pytest.raises((OSError, BaseExceptionGroup)) as caught, trio.move_on_after(3):
+            async with stream_with_limit(nursery if given else None, [careful]):
+                await trio.sleep(1)
+                raise error
+        assert not nursery.child_tasks
+    assert any(each is error for each in reachable(caught.value))
+
+
+@both
+async def test_at_the_same_instant_the_consumers_timeout_wins(
+    autojump_clock: MockClock, given: bool
+) -> None:
+    """An outer deadline at the instant of an operation's own is no OperationTimeoutError."""
+    async with foreign_nursery() as nursery:
+        with trio.move_on_after(1) as scope:
+            async with stream_with_limit(
+                nursery if given else None, [trio.sleep_forever] * 2, timeout=1
+            ) as results:
+                async for _ in results:
+                    pass
+        assert scope.cancelled_caught

@@ -87,13 +87,13 @@ class Timeout(Policy[Never]):
 
     @contextmanager
     def scope(self) -> Generator[trio.CancelScope]:
-        """Bound a block of code rather than a function; the scope's deadline may be moved.
+        """Bound a block of code rather than a function.
 
-        Who cancels the scope by hand, before its time, leaves the block without an error.
+        The scope may be cancelled by hand: the block then ends without an error.
         """
         self._current_counts().calls += 1
         deadline = trio.current_time() + self.seconds
-        with limit(deadline, lambda: self._expire("block")) as scope:
+        with trio.CancelScope() as scope, limit(deadline, lambda: self._expire("block")):
             yield scope
 
     def _expire(self, operation: str) -> OperationTimeoutError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, assert_type
 
@@ -25,7 +26,7 @@ from trio_resilience import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 retry = Retry(max_attempts=5, backoff=Exponential(0.1), on=(transient, OSError))
 timeout = Timeout(1.0)

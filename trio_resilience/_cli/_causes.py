@@ -68,8 +68,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _reasons(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error, what it comes from, and so on."""
-    while error is not None:
+def _reasons(error: BaseException | None) -> Iterator[Exception]:
+    """Yield the error, what it comes from, and so on; a cancellation is where a timeout starts."""
+    while isinstance(error, Exception):
         yield error
         error = error.__cause__ or error.__context__

@@ -12,15 +12,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def limit(deadline: float, on_expiry: Callable[[], Exception]) -> Generator[trio.CancelScope]:
+def limit(deadline: float, on_expiry: Callable[[], Exception]) -> Generator[None]:
     """Cancel the block at *deadline* and raise what *on_expiry* returns.
 
-    A scope never catches a cancellation that an outer scope shares, so an outer one wins, also at
-    the same instant. Who cancels this scope by hand, before its time, asks for no error.
+    A scope never catches a cancellation that an outer scope shares. So what this one catches is its
+    own deadline and nothing else: nobody has the scope to cancel it by hand.
     """
     with trio.CancelScope(deadline=deadline) as scope:
-        yield scope
-    if scope.cancelled_caught and trio.current_time() >= scope.deadline:
+        yield
+    if scope.cancelled_caught:
         expiry = on_expiry()
-        # The cancellation that did it is our own device: no traceback shows it.
-        raise expiry from expiry.__cause__
+        try:
+            # The cancellation that did it is our own device: no traceback shows it.
+            raise expiry from expiry.__cause__
+        finally:
+            del expiry
