@@ -1,0 +1,54 @@
+"""State that belongs to one `trio.run`: permits, lines, probes and time windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar, final
+
+import attrs
+import trio
+from trio.lowlevel import TrioToken
+
+S = TypeVar("S")
+
+
+@final
+@attrs.define(eq=False)
+class RunState(Generic[S]):
+    """A state that is made anew for every run, of an object that outlives them.
+
+    Policies live at module level and are used in several runs, one after the other. Of a run that
+    has ended, trio's clock, its tasks and its waiters mean nothing any more.
+    """
+
+    make: Callable[[], S]
+    _token: TrioToken | None = attrs.field(default=None, init=False)
+    _state: S | None = attrs.field(default=None, init=False)
+
+    def get(self) -> S:
+        """Return the state of this run; refuse to serve two live runs at once."""
+        token = trio.lowlevel.current_trio_token()
+        if token is not self._token or self._state is None:
+            if self._token is not None and _is_live(self._token):
+                raise RuntimeError(
+                    "a policy can't be used in two runs of trio at once, in two threads:"
+                    " give each of them its own"
+                )
+            self._token, self._state = token, self.make()
+        return self._state
+
+    def last(self) -> S | None:
+        """Return the state of the latest run, live or not, for statistics outside of any."""
+        return self._state
+
+
+def _is_live(token: TrioToken) -> bool:
+    try:
+        token.run_sync_soon(_do_nothing)
+    except trio.RunFinishedError:
+        return False
+    return True
+
+
+def _do_nothing() -> None:
+    """Be run, to prove that somebody runs."""
