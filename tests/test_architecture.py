@@ -26,6 +26,7 @@ LAYERS: dict[str, list[str]] = {
         "_engine._traceback",
         "_engine._report",
         "_engine._deadline",
+        "_engine._run",
         "_engine._driver",
         "_engine._join",
         "_engine._outbox",

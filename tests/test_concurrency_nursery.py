@@ -13,7 +13,6 @@ import trio
 from tests.operations import (
     Gauge,
     Source,
-    Stopwatch,
     ancestors,
     closed_nursery,
     fails,
@@ -90,109 +89,6 @@ async def test_a_failing_operation_does_not_crash_the_nursery(
             assert on_error != "collect"
         assert not nursery.cancel_scope.cancel_called
     assert sibling.finished == [0]
-
-
-@pytest.mark.parametrize("given", [True, False])
-async def test_cancelling_the_caller_cancels_its_operations(
-    autojump_clock: MockClock, given: bool
-) -> None:
-    """They are cancelled and joined although their nursery lies outside the cancelled scope."""
-    gauge, watch = Gauge(), Stopwatch()
-    async with foreign_nursery() as nursery:
-        with trio.move_on_after(1.5) as scope:
-            await run_with_limit(
-                nursery if given else None, gauge.ops(1, 1, 1, 1), max_concurrency=2
-            )
-        assert scope.cancelled_caught
-        assert not nursery.child_tasks
-        assert not nursery.cancel_scope.cancel_called
-    assert (sorted(gauge.cancelled), gauge.running, watch.seconds) == ([2, 3], 0, 1.5)
-
-
-async def test_cancelling_the_caller_inside_its_own_nursery(autojump_clock: MockClock) -> None:
-    """With the scope inside the nursery's block the nursery survives and can be used again."""
-    gauge = Gauge()
-    async with trio.open_nursery() as nursery:
-        with trio.move_on_after(0.5) as scope:
-            await run_with_limit(nursery, gauge.ops(1, 1))
-        assert scope.cancelled_caught
-        assert await run_with_limit(nursery, gauge.ops(1, 1)) == [0, 1]
-
-
-@pytest.mark.parametrize("given", [True, False])
-async def test_a_cancelled_caller_waits_for_the_cleanup_of_its_operations(
-    autojump_clock: MockClock, given: bool
-) -> None:
-    """A shielded cleanup of three seconds is over when the caller comes out."""
-    watch, cleaned = Stopwatch(), list[float]()
-
-    async def careful() -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            with trio.CancelScope(shield=True):
-                await trio.sleep(3)
-            cleaned.append(watch.seconds)
-
-    async with foreign_nursery() as nursery:
-        with trio.move_on_after(1) as scope:
-            await run_with_limit(nursery if given else None, [careful] * 2)
-        assert scope.cancelled_caught
-        assert (cleaned, watch.seconds) == ([4, 4], 4)
-
-
-@pytest.mark.parametrize("given", [True, False])
-async def test_a_caller_that_is_cancelled_beforehand_runs_nothing(given: bool) -> None:
-    """No operation is called, or at least none gets past its first checkpoint."""
-    gauge = Gauge()
-    async with foreign_nursery() as nursery:
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            await run_with_limit(nursery if given else None, gauge.ops(1, 1))
-        assert not nursery.child_tasks
-    assert scope.cancelled_caught
-    assert gauge.finished == []
-
-
-async def test_no_operation_is_called_after_the_cancellation(autojump_clock: MockClock) -> None:
-    """Cancelled when operation 3 starts, the job calls no further operation function."""
-    started, source = list[int](), Source()
-    with trio.CancelScope() as scope:
-
-        async def operation(index: int) -> None:
-            started.append(index)
-            if index == 3:
-                scope.cancel()
-            await trio.sleep(1)
-
-        ops = source.of(partial(operation, index) for index in range(100))
-        await run_with_limit(None, ops, max_concurrency=2)
-    assert scope.cancelled_caught
-    assert started == [0, 1, 2, 3]
-    assert source.closed
-
-
-@pytest.mark.parametrize("given", [True, False])
-async def test_errors_during_a_cancellation_do_not_hide_it(
-    autojump_clock: MockClock, given: bool
-) -> None:
-    """An operation whose cleanup fails does not keep the caller's scope from seeing Cancelled."""
-
-    async def clumsy() -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            raise OSError
-
-    async with foreign_nursery() as nursery:
-        scope = trio.move_on_after(1)
-        try:
-            with scope:
-                await run_with_limit(nursery if given else None, [clumsy])
-        except* OSError:
-            pass
-        assert scope.cancelled_caught
-        assert not nursery.cancel_scope.cancel_called
 
 
 async def test_a_cancelled_nursery_is_reported_to_a_caller_outside_of_it(
@@ -345,42 +241,3 @@ async def test_an_endless_job_ends_with_its_nursery(autojump_clock: MockClock) -
         await run_with_limit(nursery, (gauge.op(i) for i in count()), max_concurrency=1)
     assert gauge.finished == [0, 1, 2]
     assert nursery.cancel_scope.cancelled_caught
-
-
-@pytest.mark.parametrize("given", [True, False])
-async def test_operations_see_the_callers_deadline(autojump_clock: MockClock, given: bool) -> None:
-    """In a foreign nursery too, the effective deadline is the caller's, the nursery's or both."""
-
-    async def deadline() -> tuple[float, float]:
-        first = trio.current_effective_deadline()
-        await trio.lowlevel.checkpoint()
-        return first, trio.current_effective_deadline()
-
-    async with foreign_nursery() as nursery:
-        with trio.fail_after(50) as scope:
-            seen = await run_with_limit(nursery if given else None, [deadline] * 3)
-        assert seen == [(scope.deadline, scope.deadline)] * 3
-        if given:
-            nursery.cancel_scope.deadline = trio.current_time() + 20
-            with trio.fail_after(50):
-                seen = await run_with_limit(nursery, [deadline])
-            assert seen == [(nursery.cancel_scope.deadline,) * 2]
-
-
-async def test_a_deadline_that_is_put_off_during_the_call_gives_no_partial_list(
-    autojump_clock: MockClock,
-) -> None:
-    """The job starts with the caller's deadline; moved meanwhile, there are all results or none."""
-    gauge = Gauge()
-    async with foreign_nursery() as nursery:
-        with trio.fail_after(1) as scope:
-            nursery.start_soon(_put_off, scope, 0.5, 10)
-            with suppress(OperationsCancelledError):
-                assert await run_with_limit(nursery, gauge.ops(0.5, 2)) == [0, 1]
-        assert not nursery.child_tasks
-    assert not scope.cancelled_caught
-
-
-async def _put_off(scope: trio.CancelScope, after: float, seconds: float) -> None:
-    await trio.sleep(after)
-    scope.deadline += seconds

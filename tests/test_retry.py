@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -293,6 +294,21 @@ async def test_a_retry_without_delay_lets_others_run() -> None:
         nursery.cancel_scope.cancel()
     assert policy.statistics().attempts > 5
     assert policy.statistics().given_up == 0
+
+
+@pytest.mark.parametrize("jump", [-3600, 3600])
+async def test_the_wall_clock_does_not_matter(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """It may be set an hour back or forth in the middle: waits and limits are trio's."""
+    script, now = Script([*errors(2)], seconds=1), time.time()
+
+    async def op() -> Any:
+        monkeypatch.setattr(time, "time", lambda: now + jump * (script.calls + 1))
+        return await script()
+
+    assert await exactly(attempt_timeout=2, total_timeout=9).call(op) == "ok"
+    assert script.began_at == [0, 2, 5]
 
 
 # --- sharing ------------------------------------------------------------------------------------

@@ -117,8 +117,8 @@ async def test_a_cancelled_wait_is_the_end(
 
 
 @forms
-async def test_a_hook_that_raises_cancelled_is_obeyed(form: Any) -> None:
-    """A cancellation from within `on_retry` is no error of the hook."""
+async def test_a_hook_that_cancels_is_obeyed(form: Any) -> None:
+    """A cancellation by `on_retry` takes effect in the wait: nothing is called after it."""
     script = Script([*errors(9)])
     with trio.CancelScope() as scope:
         policy = exactly(on_retry=lambda _: scope.cancel())
@@ -187,6 +187,25 @@ def test_groups_are_judged_also_without_strict_groups(strict: bool) -> None:
         warnings.simplefilter("ignore", trio.TrioDeprecationWarning)
         trio.run(exactly().call, op, clock=clock, strict_exception_groups=strict)
     assert calls == 3
+
+
+@forms
+async def test_causes_and_contexts_are_kept(autojump_clock: MockClock, form: Any) -> None:
+    """What the operation said about its error is part of it."""
+    causes = list[Exception]()
+
+    async def op() -> None:
+        try:
+            raise KeyError("cause")
+        except KeyError as error:
+            causes.append(error)
+            raise OSError("effect") from error
+
+    with pytest.raises(OSError, match="effect") as caught:
+        await form(exactly(), op)
+    assert len(causes) == 3
+    assert caught.value.__cause__ is caught.value.__context__ is causes[-1]
+    assert causes[-1].__context__ is None
 
 
 @pytest.mark.parametrize("error", [StopIteration("a"), StopAsyncIteration("b")], ids=repr)

@@ -90,6 +90,13 @@ class Refused:
         self.retry_after = hint
 
 
+class Least(Random):
+    """Draws the least, so that no jitter is added to a hint."""
+
+    def random(self) -> float:
+        return 0.0
+
+
 def predict(case: Case) -> Ending:
     """Work out by plain arithmetic what the policy has to do."""
     now, began, delays = 0.0, list[float](), iter(case.delays)
@@ -138,8 +145,6 @@ async def observe(case: Case, form: str) -> tuple[Ending, RetryStatistics]:
     def backoff(_: Random) -> Any:
         return iter(case.delays)
 
-    # The backoff has no jitter, and says so.
-    backoff.jitter = "none"  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
     policy = Retry(
         max_attempts=case.max_attempts,
         on=PassingError,
@@ -147,6 +152,7 @@ async def observe(case: Case, form: str) -> tuple[Ending, RetryStatistics]:
         retry_result=lambda result: isinstance(result, Refused),
         total_timeout=case.total_timeout,
         max_retry_after=case.max_retry_after,
+        rng=Least(),
     )
     kind = "cancelled"
     with trio.move_on_at(case.deadline):

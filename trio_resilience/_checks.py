@@ -57,6 +57,13 @@ def seconds(name: str, value: object, *, finite: bool = False) -> float:
     return number(name, value, finite=finite)
 
 
+def flag(name: str, value: object) -> bool:
+    """Return *value* if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}")
+    return value
+
+
 def one_of(name: str, value: WordT, allowed: tuple[WordT, ...]) -> WordT:
     """Return *value* if it is one of the *allowed* words."""
     if value not in allowed:
@@ -82,6 +89,11 @@ def operation(name: str, fn: object) -> None:
     A lambda or an object may well return a coroutine: only its call can tell, see `awaitable`.
     """
     callable_operation(name, fn)
+    if inspect.isasyncgenfunction(fn):
+        raise NotAnOperationError(
+            f"`{name}` must be an async function, got the async generator function {label(fn)}:"
+            " call it in an async function, and iterate there"
+        )
     if _is_known_sync(fn):
         raise NotAnOperationError(
             f"`{name}` must be an async function, got the sync {label(fn)}: make it `async def`,"

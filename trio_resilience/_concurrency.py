@@ -36,6 +36,7 @@ from outcome import Error, Value
 from trio.lowlevel import enable_ki_protection
 
 from trio_resilience._checks import (
+    flag,
     integer,
     label,
     one_of,
@@ -437,7 +438,7 @@ class Stream(Generic[K, R]):
                 if isinstance(bound, int)
                 else (lambda: bound.total_tokens + buffer)
             ),
-            ordered=_flag("ordered", ordered),
+            ordered=flag("ordered", ordered),
         )
         self._own_nursery: Any = None
         self._job: Job[None] | None = None
@@ -672,12 +673,6 @@ def _check_room(plan: Plan, items: object, queue_size: int) -> None:
     capacity = queue_size + (bound if isinstance(bound, int) else bound.total_tokens)
     if isinstance(items, Sized) and len(items) > capacity:
         raise BulkheadFullError(plan.kind, capacity, len(items))
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {value!r}")
-    return value
 
 
 def _pool(plan: Plan, items: Source[Any], outbox: Outbox | None = None) -> Pool:

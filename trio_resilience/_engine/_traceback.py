@@ -29,7 +29,7 @@ def drop_tracebacks(error: BaseException) -> None:
     """Let *error*, or a part of it, be raised again as if it had not been raised before.
 
     Python puts the frames of a new raise in front of those of the old ones: an instance that is
-    raised for every attempt would carry them all. What the caller is handling meanwhile is not ours.
+    raised for every attempt would carry them all. What the caller handles is not ours.
     """
     handled = {id(part) for part in _parts(sys.exception())}
     for part in _parts(error):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from trio_resilience._checks import integer
+from trio_resilience._checks import flag, integer
 from trio_resilience._engine._policy import Overrides, current_overrides, open_overrides
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def test_mode(
         max_attempts=(
             math.inf if max_attempts is None else integer("max_attempts", max_attempts, minimum=1)
         ),
-        jitter=_flag("jitter", jitter),
-        delays=_flag("delays", delays),
-        states=WeakKeyDictionary[Any, Any]() if _flag("fresh", fresh) else None,
+        jitter=flag("jitter", jitter),
+        delays=flag("delays", delays),
+        states=WeakKeyDictionary[Any, Any]() if flag("fresh", fresh) else None,
     )
     outer = current_overrides.get()
     current_overrides.set(mode)
@@ -56,12 +56,6 @@ def test_mode(
         open_overrides.discard(mode)
         # No token is reset: a fixture's teardown runs in another context than its setup.
         current_overrides.set(outer)
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {value!r}")
-    return value
 
 
 # pytest collects what is called test_*, also where it is only imported.
