@@ -10,12 +10,15 @@ from fractions import Fraction
 from itertools import islice
 from random import Random
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 
 from trio_resilience import Constant, Decorrelated, Exponential, Fibonacci, Linear
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NAN, INF = math.nan, math.inf
 HUGE = 10**400
@@ -194,7 +197,8 @@ def test_no_jitter_draws_nothing(kind: Any) -> None:
 def test_every_call_has_its_own_iterator(kind: Any) -> None:
     """Two calls under one backoff start over, each, and do not see each other."""
     backoff = kind(1)
-    first, second = backoff(Random(3)), backoff(Random(3))
+    first: Iterator[float] = backoff(Random(3))
+    second: Iterator[float] = backoff(Random(3))
     assert first is not second
     ahead = list(islice(first, 10))
     assert list(islice(second, 10)) == ahead
@@ -240,8 +244,10 @@ def test_equal_and_full_jitter_survive_the_largest_delay(jitter: Any) -> None:
 
 # --- refused at the door ------------------------------------------------------------------------
 
-BAD_SECONDS: list[object] = [-1, -0.001, NAN, -INF, True, False, "5", None, [1], 1j, HUGE]
-BAD_SECONDS += [dt.timedelta(seconds=-1)]
+BAD_SECONDS: list[object] = [
+    *[-1, -0.001, NAN, -INF, True, False, "5", None, [1], 1j, HUGE],
+    dt.timedelta(seconds=-1),
+]
 
 
 @every_kind

@@ -207,7 +207,9 @@ async def test_whatever_may_return_an_awaitable_is_an_operation(fn: Any) -> None
     """In every disguise that callers use."""
     checks.operation("fn", fn)
     checks.operations("ops", [fn, fn])
-    assert await checks.awaitable(fn) == 1
+    value = fn()
+    checks.check_awaitable(fn, value)
+    assert await value == 1
 
 
 def plain() -> int:
@@ -254,7 +256,7 @@ def test_a_sync_function_is_shown_the_way_into_a_thread() -> None:
 
 def test_a_coroutine_object_is_closed_and_the_fix_is_shown() -> None:
     """No "never awaited" warning follows; of a list, all are closed."""
-    coros = [returns(1), returns(2)]
+    coros: list[Any] = [returns(1), returns(2)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(TypeError, match=r"functools\.partial\(returns, \.\.\.\)"):
@@ -268,18 +270,19 @@ def test_a_coroutine_object_is_closed_and_the_fix_is_shown() -> None:
 def test_what_returns_no_awaitable_is_a_bare_type_error_at_the_call(fn: Any) -> None:
     """Only the call can tell."""
     checks.operation("fn", fn)
-    with pytest.raises(NotAnOperationError, match="it returned (3|None), which can't be awaited"):
-        checks.awaitable(fn)
+    with pytest.raises(NotAnOperationError, match=r"it returned (3|None), which can't be awaited"):
+        checks.check_awaitable(fn, fn())
 
 
-def test_what_cannot_be_an_operation_is_refused_at_the_call_too() -> None:
-    """A coroutine object is closed there as well."""
+def test_what_cannot_be_called_is_refused_without_calling_it() -> None:
+    """A coroutine object is closed there as well; a sync function passes this lesser check."""
     coro: Any = returns(1)
     with pytest.raises(NotAnOperationError, match="coroutine object"):
-        checks.awaitable(coro)
+        checks.callable_operation("fn", coro)
     assert coro.cr_frame is None
     with pytest.raises(NotAnOperationError, match="got 5"):
-        checks.awaitable(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        checks.callable_operation("fn", 5)
+    checks.callable_operation("fn", plain)
 
 
 def test_functions_are_called_by_the_name_that_users_know() -> None:

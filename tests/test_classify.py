@@ -25,6 +25,7 @@ from trio_resilience import (
     RateLimitExceededError,
     RejectedError,
     Retry,
+    RetryScheduled,
     transient,
 )
 from trio_resilience._classify import retry_after_of
@@ -59,8 +60,9 @@ async def calls_made(error: Exception, **options: Any) -> int:
         calls += 1
         raise error
 
+    options = {"backoff": Constant(1), **options}
     with pytest.raises(type(error)) as caught:
-        await Retry(**{"backoff": Constant(1), **options}).call(op)
+        await Retry(**options).call(op)
     assert caught.value is error
     return calls
 
@@ -73,7 +75,10 @@ async def waited(error: Exception, **options: Any) -> float | None:
         if not delays:
             raise error
 
-    options = {"backoff": Constant(1), "on_retry": lambda e: delays.append(e.delay), **options}
+    def on_retry(event: RetryScheduled) -> None:
+        delays.append(event.delay)
+
+    options = {"backoff": Constant(1), "on_retry": on_retry, **options}
     start = trio.current_time()
     try:
         await Retry(**options).call(op)
@@ -241,32 +246,41 @@ def test_transient_understands_a_group_by_itself(parts: list[Exception], expecte
 # --- on= ----------------------------------------------------------------------------------------
 
 
+def answering(answer: object) -> Callable[[Exception], Any]:
+    """A predicate that always says the same."""
+
+    def predicate(_: Exception) -> Any:
+        return answer
+
+    return predicate
+
+
 def is_deadlock(error: Exception) -> bool:
     return "deadlock" in str(error)
 
 
-@pytest.mark.parametrize(
-    "on, error, calls",
-    [
-        (OSError, ConnectionError(), 3),
-        (OSError, ValueError(), 1),
-        (Exception, ValueError(), 3),
-        (is_deadlock, ValueError("deadlock found"), 3),
-        (is_deadlock, ValueError("no"), 1),
-        ((), OSError(), 1),
-        ((OSError, KeyError), KeyError(), 3),
-        ((OSError, is_deadlock), ValueError("deadlock"), 3),
-        ((OSError, is_deadlock), ValueError("no"), 1),
-        ((transient, is_deadlock), ValueError("deadlock"), 3),
-        ((transient, (is_deadlock, (KeyError,))), KeyError(), 3),
-        (transient, CircuitOpenError("db"), 1),
-        ((transient, RejectedError), CircuitOpenError("db"), 3),
-        (transient, AnswerError(status=404), 1),
-        (lambda _: "yes", OSError(), 3),
-        (lambda _: [], OSError(), 1),
-        (lambda _: None, OSError(), 1),
-    ],
-)
+ON_CASES: list[tuple[Any, Exception, int]] = [
+    (OSError, ConnectionError(), 3),
+    (OSError, ValueError(), 1),
+    (Exception, ValueError(), 3),
+    (is_deadlock, ValueError("deadlock found"), 3),
+    (is_deadlock, ValueError("no"), 1),
+    ((), OSError(), 1),
+    ((OSError, KeyError), KeyError(), 3),
+    ((OSError, is_deadlock), ValueError("deadlock"), 3),
+    ((OSError, is_deadlock), ValueError("no"), 1),
+    ((transient, is_deadlock), ValueError("deadlock"), 3),
+    ((transient, (is_deadlock, (KeyError,))), KeyError(), 3),
+    (transient, CircuitOpenError("db"), 1),
+    ((transient, RejectedError), CircuitOpenError("db"), 3),
+    (transient, AnswerError(status=404), 1),
+    (answering("yes"), OSError(), 3),
+    (answering([]), OSError(), 1),
+    (answering(None), OSError(), 1),
+]
+
+
+@pytest.mark.parametrize("on, error, calls", ON_CASES)
 async def test_types_predicates_and_tuples_of_them(
     autojump_clock: MockClock, on: Any, error: Exception, calls: int
 ) -> None:
@@ -310,14 +324,14 @@ async def test_a_predicate_may_say_how_long_to_wait(
     autojump_clock: MockClock, answer: float, expected: float | None
 ) -> None:
     """A number takes the place of the backoff, and 0.0 means now; only False itself is a no."""
-    assert await waited(OSError(), on=lambda _: answer) == expected
+    assert await waited(OSError(), on=answering(answer)) == expected
 
 
 @pytest.mark.parametrize("answer", [-1, -0.5, math.nan])
 async def test_a_wait_that_is_none_is_a_mistake(autojump_clock: MockClock, answer: float) -> None:
     """Negative or NaN: a ValueError, and no further call."""
     with pytest.raises(ValueError, match=r"predicate must return .* seconds >= 0, got"):
-        await Retry(on=lambda _: answer).call(raises(OSError()))
+        await Retry(on=answering(answer)).call(raises(OSError()))
 
 
 def raises(error: Exception) -> Callable[[], Any]:
@@ -329,7 +343,7 @@ def raises(error: Exception) -> Callable[[], Any]:
 
 async def test_an_infinite_wait_means_no(autojump_clock: MockClock) -> None:
     """It would end after every deadline."""
-    assert await waited(OSError(), on=lambda _: math.inf) is None
+    assert await waited(OSError(), on=answering(math.inf)) is None
 
 
 # --- groups -------------------------------------------------------------------------------------
@@ -364,7 +378,11 @@ async def test_of_several_waits_in_a_group_the_longest_counts(autojump_clock: Mo
     """Among the numbers of a predicate."""
     waits = {"a": 3.0, "b": 7.0, "c": 0.0}
     group = nested(OSError("a"), OSError("b"), OSError("c"))
-    assert await waited(group, on=lambda error: waits[str(error)]) == 7.0
+
+    def wait_for(error: Exception) -> float:
+        return waits[str(error)]
+
+    assert await waited(group, on=wait_for) == 7.0
 
 
 async def test_except_star_works_on_what_comes_out(autojump_clock: MockClock) -> None:

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.test_retry import Script, errors, exactly
+from tests.test_retry import Script, errors, exactly, is_busy
 from trio_resilience import (
     AttemptFinished,
     AttemptStarted,
@@ -31,6 +31,9 @@ from trio_resilience import (
 from trio_resilience import _events as internals
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from random import Random
+
     from trio.testing import MockClock
 
 
@@ -86,12 +89,16 @@ async def test_the_end_of_a_call_that_gives_up(autojump_clock: MockClock) -> Non
     assert gave_up.reason in given[2].__notes__[0]
 
 
+def no_delay(_: Random) -> Iterator[float]:
+    return iter([])
+
+
 @pytest.mark.parametrize(
     "options, steps, word",
     [
         ({}, [ValueError("x")], "not retried"),
         ({"total_timeout": 1}, [OSError("x")], "deadline"),
-        ({"backoff": lambda _: iter([])}, [OSError("x")], "backoff"),
+        ({"backoff": no_delay}, [OSError("x")], "backoff"),
         ({"max_attempts": 1}, [OSError("x")], "1 attempt"),
     ],
 )
@@ -109,7 +116,7 @@ async def test_the_reason_to_give_up(
 async def test_refused_results(autojump_clock: MockClock) -> None:
     """Such an attempt returned: it has no error; what was refused is reported with the wait."""
     listener = Listener()
-    policy = exactly(max_attempts=2, retry_result=lambda result: result == "busy")
+    policy = exactly(max_attempts=2, retry_result=is_busy)
     with subscribe(listener), pytest.raises(Exception, match="no acceptable result"):
         await policy.call(Script(["busy", "busy"]))
     assert [event.error for event in listener.of(AttemptFinished)] == [None, None]
@@ -335,8 +342,12 @@ async def test_nothing_is_built_when_nobody_listens(
 ) -> None:
     """No record, and no function of ours to make one."""
     built = list[object]()
+
+    def build(*_: object, **__: object) -> None:
+        built.append(1)
+
     for kind in (AttemptStarted, AttemptFinished, RetryScheduled, RetryGaveUp, TimedOut):
-        monkeypatch.setattr(kind, "__init__", lambda *_, **__: built.append(1))
+        monkeypatch.setattr(kind, "__init__", build)
     with pytest.raises(OSError, match="failure 3"):
         await exactly().call(Script([*errors(3)]))
     with pytest.raises(OperationTimeoutError):
@@ -372,4 +383,4 @@ def test_events_are_frozen_records() -> None:
     assert isinstance(event, Event)
     assert event == AttemptStarted(**base, attempt=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="positional"):
-        AttemptStarted(1)  # type: ignore[misc, call-arg]  # pyright: ignore
+        AttemptStarted(1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

@@ -13,7 +13,7 @@ import trio
 
 from tests.operations import Steps, returns
 from tests.test_checks import ASYNC
-from tests.test_retry import Script, errors, exactly
+from tests.test_retry import Script, always, errors, exactly
 from trio_resilience import Policy, Retry, Timeout, run_in, run_with_limit, subscribe
 
 if TYPE_CHECKING:
@@ -149,11 +149,7 @@ async def test_functions_share_the_policy_but_not_its_calls(autojump_clock: Mock
     scripts = [Script(list(errors(1))) for _ in range(3)]
     async with trio.open_nursery() as nursery:
         for script in scripts:
-
-            async def op(script: Script = script) -> None:
-                await script()
-
-            nursery.start_soon(policy(op))
+            nursery.start_soon(policy(script.__call__))
     assert [script.calls for script in scripts] == [2, 2, 2]
     assert (policy.statistics().calls, policy.statistics().attempts) == (3, 6)
 
@@ -233,7 +229,7 @@ async def test_what_returns_no_awaitable_is_never_retried_or_counted(
 ) -> None:
     """A lambda that returns 3: a bare TypeError when it is called, whatever *on* says."""
     called, told = list[int](), list[object]()
-    policy = exactly(on=(Exception, lambda _: True), on_retry=told.append, **options)
+    policy = exactly(on=(Exception, always), on_retry=told.append, **options)
     fn: Any = lambda: called.append(1)  # noqa: E731
     with subscribe(told.append), pytest.raises(TypeError, match="can't be awaited") as caught:
         await policy.call(fn)
@@ -266,11 +262,13 @@ class Twice(Policy[Never]):
 
     def __init__(self) -> None:
         self.calls = 0
+        self.last_name: str | None = None
 
     async def call(
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         self.calls += 1
+        self.last_name = name
         await fn(*args)
         return await fn(*args)
 
@@ -282,7 +280,8 @@ async def test_users_write_their_own(autojump_clock: MockClock) -> None:
     """With `call` and `statistics` it is a decorator, and goes wherever a policy goes."""
     script, twice = Script(), Twice()
     assert await twice(script.__call__)() == "ok"
-    assert await run_in(None, script, policy=twice) == "ok"
+    assert await run_in(None, script, policy=twice, name="mine") == "ok"
+    assert twice.last_name == "mine"
     assert await run_with_limit(None, [script], policy=twice) == ["ok"]
     assert (script.calls, twice.statistics()) == (6, 3)
     assert await exactly().call(functools.partial(twice.call, Script(list(errors(2))))) == "ok"

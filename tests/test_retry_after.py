@@ -28,6 +28,14 @@ def told(value: Any, **headers: Any) -> Exception:
     return AnswerError(response=Bag(status_code=503, headers={"Retry-After": value, **headers}))
 
 
+def after_two(_: Exception) -> float:
+    return 2.0
+
+
+def after_nine(_: Exception) -> float:
+    return 9.0
+
+
 HINTS: dict[str, Callable[[Any], Exception]] = {
     "retry_after": lambda value: AnswerError(retry_after=value),
     "response.headers": told,
@@ -80,8 +88,8 @@ async def test_the_note_says_that_the_wait_was_too_long(autojump_clock: MockCloc
 
 async def test_a_hint_is_a_floor_for_a_predicates_number_too(autojump_clock: MockClock) -> None:
     """Whatever the delay comes from, it is not shorter than told."""
-    assert await waited(told("5"), on=lambda _: 2.0) == 5.0
-    assert await waited(told("5"), on=lambda _: 9.0) == 9.0
+    assert await waited(told("5"), on=after_two) == 5.0
+    assert await waited(told("5"), on=after_nine) == 9.0
 
 
 async def test_with_jitter_up_to_a_tenth_is_added_to_a_hint(autojump_clock: MockClock) -> None:
@@ -113,6 +121,10 @@ async def test_a_date_is_compared_with_the_servers_own(
     assert await waited(told(date, Date=format_datetime(NOON, usegmt=True))) == 30
 
 
+def kind_of(value: object) -> str:
+    return type(value).__name__
+
+
 HOSTILE: list[Any] = [
     "-1", "0", "0.5", "9" * 5000, "1m0s", "nan", "inf", "-inf", "", " ", "soon", "1e400", "0x10",
     "\u0663", "Fri, 31 Dec 9999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:59 -2359",
@@ -123,7 +135,7 @@ HOSTILE: list[Any] = [
 
 
 @pytest.mark.parametrize("hint", HINTS.values(), ids=HINTS)
-@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: ascii(type(value)))
+@pytest.mark.parametrize("value", HOSTILE, ids=kind_of)
 async def test_a_hostile_hint_does_no_harm(
     autojump_clock: MockClock, hint: Callable[[Any], Exception], value: object
 ) -> None:
@@ -156,7 +168,8 @@ async def test_a_response_without_headers_is_no_hint(
 
 async def test_a_hint_on_a_refused_result_counts_too(autojump_clock: MockClock) -> None:
     """A response with a 503 is a result for some clients: its header says the same."""
-    answers = [Bag(status_code=503, headers={"Retry-After": "7"}), Bag(status_code=200)]
+    last = Bag(status_code=200)
+    answers = [Bag(status_code=503, headers={"Retry-After": "7"}), last]
 
     async def fetch() -> Bag:
         return answers.pop(0)
@@ -164,7 +177,7 @@ async def test_a_hint_on_a_refused_result_counts_too(autojump_clock: MockClock) 
     policy = Retry(retry_result=lambda answer: answer.status_code == 503, backoff=Constant(1))
     counted = await policy.call_counted(fetch)
     assert counted.total_delay == 7
-    assert counted.result.status_code == 200
+    assert counted.result is last
 
 
 async def test_of_several_hints_in_a_group_the_longest_counts(autojump_clock: MockClock) -> None:

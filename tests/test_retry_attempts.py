@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from tests.operations import Steps
-from tests.test_retry import errors, exactly
+from tests.test_retry import always, errors, exactly, is_busy
 from trio_resilience import (
     OperationTimeoutError,
     RetriesExhaustedError,
@@ -19,7 +19,7 @@ from trio_resilience import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from trio.testing import MockClock
 
@@ -67,7 +67,7 @@ async def test_an_error_that_is_not_retried_leaves_at_once(autojump_clock: MockC
 
 async def test_a_refused_result_is_tried_again(autojump_clock: MockClock) -> None:
     """`set_result` says what the block came to."""
-    policy = exactly(retry_result=lambda result: result == "busy")
+    policy = exactly(retry_result=is_busy)
     answers, answer = ["busy", "busy", "fine"], ""
     async for attempt in policy.attempts():
         with attempt:
@@ -100,11 +100,15 @@ async def test_a_block_that_sets_no_result_is_not_asked_about(autojump_clock: Mo
     assert (count, asked) == (2, ["busy"])
 
 
+def is_none(result: object) -> bool:
+    return result is None
+
+
 async def test_none_is_a_result(autojump_clock: MockClock) -> None:
     """To set None is not the same as to set nothing."""
     count = 0
     with pytest.raises(RetriesExhaustedError):
-        async for attempt in exactly(retry_result=lambda result: result is None).attempts():
+        async for attempt in exactly(retry_result=is_none).attempts():
             with attempt:
                 count += 1
                 attempt.set_result(None)
@@ -113,7 +117,7 @@ async def test_none_is_a_result(autojump_clock: MockClock) -> None:
 
 async def test_the_result_of_a_failed_block_does_not_count(autojump_clock: MockClock) -> None:
     """It raised after it had set one: it is the error that is judged."""
-    policy = exactly(retry_result=lambda _: True)
+    policy = exactly(retry_result=always)
     with pytest.raises(ValueError, match="after all"):
         async for attempt in policy.attempts():
             with attempt:
@@ -181,14 +185,14 @@ async def test_a_generator_may_hold_a_loop(autojump_clock: MockClock) -> None:
     """Closed while an attempt is open: the block ends, and nothing is counted as a failure."""
     policy = exactly(attempt_timeout=9)
 
-    async def lines() -> AsyncIterator[int]:
+    async def lines() -> AsyncGenerator[int, None]:
         async for attempt in policy.attempts():
             with attempt:
                 yield attempt.number
 
     generator = lines()
     assert await anext(generator) == 1
-    await generator.aclose()  # type: ignore[attr-defined]  # pyright: ignore
+    await generator.aclose()
     assert trio.current_effective_deadline() == float("inf")
     assert policy.statistics().given_up == 0
 

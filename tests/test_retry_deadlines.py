@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from tests.test_retry import Script, errors, exactly
+from tests.test_retry import Script, always, errors, exactly, is_busy
 from trio_resilience import (
     Constant,
     OperationsFailedError,
@@ -59,7 +59,7 @@ async def test_a_shield_hides_the_deadline_outside_of_it(autojump_clock: MockClo
 
 async def test_refused_results_give_up_before_the_deadline_too(autojump_clock: MockClock) -> None:
     """With the last result."""
-    policy = exactly(retry_result=lambda result: result == "busy")
+    policy = exactly(retry_result=is_busy)
     with trio.move_on_after(1), pytest.raises(RetriesExhaustedError) as caught:
         await policy.call(Script(["busy"] * 9))
     assert (caught.value.last_result, caught.value.attempts) == ("busy", 1)
@@ -221,7 +221,11 @@ async def test_the_nearer_of_both_limits_expires(autojump_clock: MockClock) -> N
     assert (trio.current_time(), script.began_at) == (5, [0, 4])
 
 
-@pytest.mark.parametrize("on", [Exception, lambda _: True, lambda _: 0.0])
+def at_once(_: Exception) -> float:
+    return 0.0
+
+
+@pytest.mark.parametrize("on", [Exception, always, at_once])
 async def test_the_total_is_never_retried(autojump_clock: MockClock, on: Any) -> None:
     """Whatever *on* says."""
     script = Script(seconds=60)

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from tests.operations import leaves
-from tests.test_retry import Script, errors, exactly
+from tests.test_retry import Script, always, errors, exactly
 from trio_resilience import Retry, RetryStatistics
 
 if TYPE_CHECKING:
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
     from trio.testing import MockClock
 
-GREEDY: list[Any] = [Exception, lambda _: True, lambda error: not isinstance(error, ValueError)]
+
+def is_not_value_error(error: Exception) -> bool:
+    return not isinstance(error, ValueError)
+
+
+GREEDY: list[Any] = [Exception, always, is_not_value_error]
 
 greedy = pytest.mark.parametrize("on", GREEDY, ids=["type", "always", "not"])
 stops = pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit])
@@ -121,8 +126,11 @@ async def test_a_hook_that_cancels_is_obeyed(form: Any) -> None:
     """A cancellation by `on_retry` takes effect in the wait: nothing is called after it."""
     script = Script([*errors(9)])
     with trio.CancelScope() as scope:
-        policy = exactly(on_retry=lambda _: scope.cancel())
-        await form(policy, script)
+
+        def on_retry(_: object) -> None:
+            scope.cancel()
+
+        await form(exactly(on_retry=on_retry), script)
     assert scope.cancelled_caught
     assert script.calls == 1
 
@@ -139,7 +147,7 @@ async def test_a_group_with_a_cancellation_is_not_retried(
         try:
             await trio.sleep_forever()
         finally:
-            raise ConnectionError("in the clean-up")  # noqa: B012 - what users' code does
+            raise ConnectionError("in the clean-up")
 
     async def op() -> None:
         nonlocal calls
@@ -196,7 +204,7 @@ async def test_causes_and_contexts_are_kept(autojump_clock: MockClock, form: Any
 
     async def op() -> None:
         try:
-            raise KeyError("cause")
+            dict[str, int]()["cause"]
         except KeyError as error:
             causes.append(error)
             raise OSError("effect") from error

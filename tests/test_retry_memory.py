@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import traceback
 import weakref
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from tests.test_retry import Script, errors, exactly
+from tests.test_retry import Script, errors, exactly, is_busy
 from tests.test_retry_endings import forms, timed
 from trio_resilience import Constant, Retry
 from trio_resilience._checks import NotAnOperationError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+    from random import Random
 
     from trio.testing import MockClock
 
@@ -72,7 +74,7 @@ async def test_tracebacks_do_not_grow_with_the_attempts(
     async def op() -> None:
         raise next(source)
 
-    with pytest.raises(OSError, match="this one|another|other|new") as caught:
+    with pytest.raises(OSError, match=r"this one|another|other|new") as caught:
         await form(exactly(max_attempts=500, backoff=Constant(1), **options), op)
     assert depth(caught.value) < 50
     assert depth(error) < 50
@@ -134,10 +136,8 @@ def holding(held: list[weakref.ref[Local]], *steps: Any) -> Callable[[], Awaitab
 
 async def attempt_to(form: Any, policy: Retry, op: Callable[[], Awaitable[Any]]) -> None:
     """Make the call and handle what comes out, as a program would."""
-    try:
+    with contextlib.suppress(BaseException):
         await form(policy, op)
-    except BaseException:  # noqa: BLE001, S110 - handled, and forgotten
-        pass
 
 
 @pytest.fixture
@@ -149,6 +149,10 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
+def one_delay(_: Random) -> Iterator[float]:
+    return iter([1.0])
+
+
 ENDINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "success": ([], {}),
     "success after failures": ([OSError, OSError], {}),
@@ -156,8 +160,8 @@ ENDINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "not retried": ([ValueError], {}),
     "not retried at last": ([OSError, ValueError], {}),
     "no time left": ([OSError, OSError], {"total_timeout": 2}),
-    "refused results": (["busy"] * 3, {"retry_result": lambda result: result == "busy"}),
-    "backoff ends": ([OSError] * 3, {"backoff": lambda _: iter([1.0])}),
+    "refused results": (["busy"] * 3, {"retry_result": is_busy}),
+    "backoff ends": ([OSError] * 3, {"backoff": one_delay}),
 }  # fmt: skip
 
 

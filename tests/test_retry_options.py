@@ -40,7 +40,7 @@ def test_the_wording_is_the_houses() -> None:
     with pytest.raises(ValueError, match=r"^`max_attempts` must be >= 1, got 0$"):
         Retry(max_attempts=0)
     with pytest.raises(TypeError, match="positional"):
-        Retry(3)  # type: ignore[misc]  # pyright: ignore[reportCallIssue]
+        Retry(3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 def test_the_defaults_are_the_documented_ones() -> None:

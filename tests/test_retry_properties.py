@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import islice
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
@@ -19,10 +20,14 @@ from trio_resilience import (
     Exponential,
     Fibonacci,
     Linear,
+    OperationTimeoutError,
     RetriesExhaustedError,
     Retry,
     RetryStatistics,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 # Small whole and half numbers, so that instants that coincide in the model do so in floats.
 times = st.integers(0, 12).map(lambda halves: halves / 2)
@@ -30,7 +35,7 @@ times = st.integers(0, 12).map(lambda halves: halves / 2)
 
 @attrs.frozen
 class Step:
-    """What one attempt does: it takes its time, then succeeds, fails, or returns what is refused."""
+    """What one attempt does: it takes its time, then succeeds, fails or is refused."""
 
     seconds: float
     kind: str
@@ -125,54 +130,60 @@ def step_of(case: Case, attempt: int) -> Step:
     return case.steps[attempt - 1] if attempt <= len(case.steps) else Step(0.5, "ok", None)
 
 
-async def observe(case: Case, form: str) -> tuple[Ending, RetryStatistics]:
-    """Run it for real, on the virtual clock."""
-    began = list[float]()
+async def act(case: Case, began: list[float]) -> object:
+    """Be the operation: note when it began, and do the step that is next."""
+    began.append(trio.current_time())
+    step = step_of(case, len(began))
+    if step.seconds:
+        await trio.sleep(step.seconds)
+    else:
+        await trio.lowlevel.checkpoint()
+    if step.kind == "fails":
+        raise PassingError(step.hint)
+    if step.kind == "fatal":
+        raise ValueError
+    return Refused(step.hint) if step.kind == "refused" else "ok"
 
-    async def op() -> object:
-        began.append(trio.current_time())
-        step = step_of(case, len(began))
-        if step.seconds:
-            await trio.sleep(step.seconds)
-        else:
-            await trio.lowlevel.checkpoint()
-        if step.kind == "fails":
-            raise PassingError(step.hint)
-        if step.kind == "fatal":
-            raise ValueError
-        return Refused(step.hint) if step.kind == "refused" else "ok"
 
-    def backoff(_: Random) -> Any:
-        return iter(case.delays)
-
-    policy = Retry(
+def policy_of(case: Case) -> Retry:
+    return Retry(
         max_attempts=case.max_attempts,
         on=PassingError,
-        backoff=backoff,
+        backoff=lambda _: iter(case.delays),
         retry_result=lambda result: isinstance(result, Refused),
         total_timeout=case.total_timeout,
         max_retry_after=case.max_retry_after,
         rng=Least(),
     )
-    kind = "cancelled"
+
+
+async def use(policy: Retry, form: str, op: Callable[[], Awaitable[object]]) -> None:
+    if form == "call":
+        await policy.call(op)
+        return
+    async for attempt in policy.attempts():
+        with attempt:
+            attempt.set_result(await op())
+
+
+async def observe(case: Case, form: str) -> tuple[Ending, RetryStatistics]:
+    """Run it for real, on the virtual clock."""
+    began, policy, kind = list[float](), policy_of(case), "cancelled"
     with trio.move_on_at(case.deadline):
         try:
-            if form == "call":
-                await policy.call(op)
-            else:
-                async for attempt in policy.attempts():
-                    with attempt:
-                        attempt.set_result(await op())
+            await use(policy, form, partial(act, case, began))
             kind = "ok"
-        except PassingError:
-            kind = "fails"
-        except RetriesExhaustedError:
-            kind = "refused"
-        except trio.TooSlowError:
-            kind = "timeout"
-        except ValueError:
-            kind = "fatal"
+        except (PassingError, RetriesExhaustedError, trio.TooSlowError, ValueError) as error:
+            kind = KIND_OF[type(error)]
     return Ending(began, kind, trio.current_time()), policy.statistics()
+
+
+KIND_OF: dict[type, str] = {
+    PassingError: "fails",
+    RetriesExhaustedError: "refused",
+    OperationTimeoutError: "timeout",
+    ValueError: "fatal",
+}
 
 
 @given(case=cases, form=st.sampled_from(["call", "attempts"]))

@@ -28,7 +28,7 @@ from trio_resilience import (
 from trio_resilience.testing import test_mode as mode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from trio.testing import MockClock
 
@@ -140,7 +140,7 @@ async def test_the_policys_generator_is_left_alone(autojump_clock: MockClock) ->
     assert rng.getstate() == before
 
 
-DRAWS: dict[str, Any] = {
+DRAWS: dict[str, Callable[[Random], float]] = {
     "random": lambda rng: rng.random(),
     "uniform": lambda rng: rng.uniform(1, 2),
     "triangular": lambda rng: rng.triangular(1, 2),
@@ -154,7 +154,7 @@ DRAWS: dict[str, Any] = {
 @pytest.mark.watchdog(5)
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 async def test_a_backoff_of_ones_own_may_draw_in_any_way(
-    autojump_clock: MockClock, draw: Any
+    autojump_clock: MockClock, draw: Callable[[Random], float]
 ) -> None:
     """It gets a generator that works like any other, and always draws the same."""
 

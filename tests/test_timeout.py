@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import gc
 import math
@@ -155,7 +156,7 @@ async def test_an_error_at_the_limit_is_the_operations(
         try:
             await trio.sleep_forever()
         finally:
-            raise ConnectionError("in the clean-up")  # noqa: B012 - what users' code does
+            raise ConnectionError("in the clean-up")
 
     timeout = Timeout(5)
     with pytest.raises(ConnectionError, match="in the clean-up"):
@@ -173,7 +174,7 @@ async def test_a_failure_beside_the_cancellation_is_not_lost(
         try:
             await trio.sleep_forever()
         finally:
-            raise ConnectionError("in the clean-up")  # noqa: B012
+            raise ConnectionError("in the clean-up")
 
     async def op() -> None:
         async with trio.open_nursery() as nursery:
@@ -333,7 +334,7 @@ def test_what_may_be_given() -> None:
     assert Timeout(dt.timedelta(milliseconds=1500)).seconds == 1.5
     assert Timeout(5).name == "timeout"
     with pytest.raises(TypeError, match="positional"):
-        Timeout(5, "db")  # type: ignore[misc]  # pyright: ignore[reportCallIssue]
+        Timeout(5, "db")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         Timeout(5).seconds = 6  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -360,10 +361,8 @@ async def test_nothing_is_kept_alive(
         held.append(weakref.ref(local))
         await trio.sleep_forever()
 
-    try:
+    with contextlib.suppress(OperationTimeoutError):
         await form(Timeout(1), op)
-    except OperationTimeoutError:
-        pass
     await trio.lowlevel.checkpoint()
     assert not gc.isenabled()
     assert [ref() for ref in held] == [None]

@@ -88,6 +88,8 @@ def operation(name: str, fn: object) -> None:
 
     A lambda or an object may well return a coroutine: only its call can tell, see `awaitable`.
     """
+    if isinstance(fn, types.FunctionType) and fn.__code__.co_flags & _ASYNC_DEF:
+        return
     callable_operation(name, fn)
     if inspect.isasyncgenfunction(fn):
         raise NotAnOperationError(

@@ -436,7 +436,7 @@ class Stream(Generic[K, R]):
             capacity=(
                 (lambda: bound + buffer)
                 if isinstance(bound, int)
-                else (lambda: bound.total_tokens + buffer)
+                else (lambda: max(1, bound.total_tokens) + buffer)
             ),
             ordered=flag("ordered", ordered),
         )
@@ -504,7 +504,11 @@ class Stream(Generic[K, R]):
             self._job.scope.cancel()
         await self._job.wait()
         if self._own_nursery is not None:
-            await self._own_nursery.__aexit__(None, None, None)
+            try:
+                await self._own_nursery.__aexit__(None, None, None)
+            except BaseExceptionGroup as group:
+                if exc is None:
+                    self._job.absorb_cancellation(group)
         if self._reason_was_given:
             return
         failure = _take_failure(self._job, self._pool, left_early=True, body_error=exc)
@@ -575,7 +579,7 @@ def _group(
     for index, (item, error) in failures.items():
         shown = f": {reprlib.repr(item)}" if pool.plan.is_map else ""
         add_note_once(error, "operation ", f"{index}{shown}")
-    total = len(pool.items) if isinstance(pool.items, Sized) else pool.started
+    total = pool.started if pool.size == math.inf else max(int(pool.size), pool.started)
     errors = [error for _, (_, error) in sorted(failures.items())]
     group = OperationsFailedError(f"{len(errors)} of {total} operations failed", [*errors, *others])
     group.outcomes = _outcomes(pool, failures, total)

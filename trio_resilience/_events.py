@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, final
 
 import attrs
 
+from trio_resilience._checks import sync_callback
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
@@ -139,8 +141,7 @@ def subscribe(listener: Callable[[Event], object]) -> Generator[None]:
         with subscribe(print):
             trio.run(main)
     """
-    if not callable(listener):
-        raise TypeError(f"`listener` must be a function of one event, got {listener!r}")
+    sync_callback("listener", listener)
     subscription = Subscription(listener)
     _subscriptions.set((*_subscriptions.get(), subscription))
     open_subscriptions.add(subscription)

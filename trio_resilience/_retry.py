@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
+from inspect import CO_COROUTINE
 from random import Random
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final, Generic, Never, TypeVar, TypeVarTuple, final
 
 import attrs
@@ -229,6 +231,8 @@ class Retry(Policy[Never]):
             result = call.result
             return result
         # The usual case, a success at the first attempt, is spared all that others need.
+        if type(fn) is not FunctionType or not fn.__code__.co_flags & CO_COROUTINE:
+            operation("fn", fn)
         self._counts.calls += 1
         pending: Any = fn
         try:
@@ -297,12 +301,12 @@ class Retry(Policy[Never]):
 class _LongestDelays(Random):
     """Draws the upper end of every range: for tests, where delays are to be exact."""
 
-    def random(self) -> float:
-        return 1.0
+    def uniform(self, a: float, b: float) -> float:
+        return max(a, b)
 
 
 def _choose_rng(call: _Call) -> Random:
-    return call.retry.rng if call.mode is None or call.mode.jitter else _LongestDelays()
+    return call.retry.rng if call.mode is None or call.mode.jitter else _LongestDelays(0)
 
 
 @final

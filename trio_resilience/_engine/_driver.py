@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, final
 
 import trio
 
-from trio_resilience._checks import callable_operation, check_awaitable
+from trio_resilience._checks import check_awaitable, operation
 
 
 @final
@@ -77,7 +77,7 @@ def awaitable(fn: Callable[..., object], *args: object) -> Awaitable[Any]:
 
     Ctrl-C waits for the ``await`` that follows, and so never drops a coroutine on the way to it.
     """
-    callable_operation("fn", fn)
+    operation("fn", fn)
     value: Any = fn(*args)
     check_awaitable(fn, value)
     awaited: Awaitable[Any] = value

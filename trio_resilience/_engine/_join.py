@@ -115,6 +115,17 @@ class Job(Generic[T]):
         """Whether the work neither returned nor raised."""
         return self.is_done and self.error is None and not hasattr(self, "value")
 
+    def absorb_cancellation(self, group: BaseExceptionGroup[BaseException]) -> None:
+        """Drop what a nursery around nothing but this job raised because it was cancelled.
+
+        The waiter was cancelled with it, and `raise_if_interrupted` says so; with what came of the
+        job, which must not be lost.
+        """
+        cancellations, rest = group.split(trio.Cancelled)
+        if rest is not None or not self.was_interrupted:
+            raise group
+        del cancellations
+
     def result(self) -> T:
         """Return what the work returned, or raise what it raised.
 
@@ -174,13 +185,16 @@ async def join(
 ) -> Job[T]:
     """Run ``fn(*args)`` in *nursery*, or in one opened for it, and return the ended job."""
     job: Job[T] = Job()
-    if nursery is None:
+    if nursery is not None:
+        job.start(nursery, fn, *args, name=name)
+        await job.wait()
+        return job
+    try:
         async with trio.open_nursery() as own_nursery:
             job.start(own_nursery, fn, *args, name=name)
             await job.wait()
-    else:
-        job.start(nursery, fn, *args, name=name)
-        await job.wait()
+    except BaseExceptionGroup as group:
+        job.absorb_cancellation(group)
     return job
 
 

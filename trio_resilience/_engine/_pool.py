@@ -80,6 +80,8 @@ class Pool:
     """Where a stream's results go; without one they are kept in `results`."""
 
     results: list[Any] = attrs.field(factory=list[Any], init=False)
+    size: float = attrs.field(init=False)
+    """How many operations there are; infinity if that shows only as they are pulled."""
     started: int = attrs.field(default=0, init=False)
     failures: dict[int, tuple[Any, Exception]] = attrs.field(
         factory=dict[int, tuple[Any, Exception]], init=False
@@ -110,6 +112,7 @@ class Pool:
 
     def __attrs_post_init__(self) -> None:
         items: Any = self.items
+        self.size = len(items) if isinstance(items, Sized) else math.inf
         if hasattr(items, "__anext__"):
             self._async_source = AsyncSource(items, self.abort)
         else:
@@ -167,10 +170,9 @@ class Pool:
     async def _run_batch(self, size: float) -> None:
         limit = self.plan.max_concurrency
         if isinstance(limit, int):
-            known = len(self.items) if isinstance(self.items, Sized) else math.inf
-            useful = int(min(limit, known, size))
+            useful = int(min(limit, self.size, size))
             # Of unknown length: begin with one and let every worker that finds work start two more.
-            count = useful if known < math.inf else 1
+            count = useful if self.size < math.inf else 1
             self._spare = useful - count
         else:
             count = 1
