@@ -1,4 +1,4 @@
-"""Measure one case: ``python -m benchmarks._case MODULE BENCHMARK CASE SIZE`` prints its figures."""
+"""Measure one case, as a program: ``python -m benchmarks._case MODULE BENCHMARK CASE SIZE``."""
 
 from __future__ import annotations
 

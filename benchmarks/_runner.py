@@ -79,6 +79,7 @@ class Results:
     """What was measured: for every case that could run, its figures in each round."""
 
     benchmark: Benchmark
+    sizes: dict[str, int]
     rounds: dict[str, list[Figures]]
 
     def of(self, case: str, figure: str) -> list[float]:
@@ -111,12 +112,12 @@ def run(
     A case that crashes raises `subprocess.CalledProcessError`; its traceback is on stderr.
     """
     cases = [case for case in benchmark.cases if case.is_available]
+    sizes = {case.name: max(1, round(case.size * scale)) for case in cases}
     found: dict[str, list[Figures]] = {case.name: [] for case in cases}
     for number, case in _turns(cases, int(min(rounds, benchmark.most_rounds))):
         on_progress(f"{benchmark.name}, round {number}: {case.name}")
-        size = max(1, round(case.size * scale))
-        found[case.name].append(_measure_afresh(benchmark, case, size))
-    return Results(benchmark, found)
+        found[case.name].append(_measure_afresh(benchmark, case, sizes[case.name]))
+    return Results(benchmark, sizes, found)
 
 
 def _turns(cases: list[Case], rounds: int) -> Iterator[tuple[int, Case]]:
@@ -126,10 +127,8 @@ def _turns(cases: list[Case], rounds: int) -> Iterator[tuple[int, Case]]:
 
 
 def _measure_afresh(benchmark: Benchmark, case: Case, size: int) -> Figures:
-    command = [
-        sys.executable, "-m", "benchmarks._case", benchmark.module, benchmark.name, case.name, str(size),
-    ]  # fmt: skip
-    return output_of(command)
+    words = (benchmark.module, benchmark.name, case.name, str(size))
+    return output_of([sys.executable, "-m", "benchmarks._case", *words])
 
 
 def output_of(command: list[str]) -> Figures:

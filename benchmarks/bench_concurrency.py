@@ -1,4 +1,4 @@
-"""Operations of exactly one checkpoint, some at a time: what does it cost to bound them?"""
+"""What it costs to bound how many operations, of exactly one checkpoint each, run at a time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def workers_by_hand(at_once: int, count: int) -> list[int]:
     return results
 
 
-async def _work(
+async def _work(  # noqa: ASYNC910 - the operations are what gives way
     source: Iterator[tuple[int, Callable[[], Awaitable[int]]]], results: list[int]
 ) -> None:
     for index, fn in source:

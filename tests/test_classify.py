@@ -98,12 +98,9 @@ async def waited(error: Exception, **options: Any) -> float | None:
     [
         ConnectionResetError(),
         ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
-        BrokenPipeError(),
         TimeoutError(),
-        InterruptedError(),
         OSError(errno.EHOSTUNREACH, "no route"),
         OSError("out of descriptors"),
-        EOFError(),
         socket.gaierror(socket.EAI_AGAIN, "try again"),
         ssl.SSLError(1, "handshake failed"),
         trio.BrokenResourceError(),
@@ -133,15 +130,12 @@ def test_an_unknown_error_is_transient(error: Exception) -> None:
         IndexError(),
         AttributeError(),
         NameError(),
-        UnboundLocalError(),
         ArithmeticError(),
         ZeroDivisionError(),
-        OverflowError(),
         AssertionError(),
         NotImplementedError(),
         RecursionError(),
         ImportError(),
-        ModuleNotFoundError(),
         SyntaxError(),
         StopIteration(),
         StopAsyncIteration(),
@@ -341,9 +335,10 @@ def raises(error: Exception) -> Callable[[], Any]:
     return op
 
 
-async def test_an_infinite_wait_means_no(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("answer", [math.inf, 1e400, 10**400], ids=["inf", "float", "int"])
+async def test_an_infinite_wait_means_no(autojump_clock: MockClock, answer: float) -> None:
     """It would end after every deadline."""
-    assert await waited(OSError(), on=answering(math.inf)) is None
+    assert await waited(OSError(), on=answering(answer)) is None
 
 
 # --- groups -------------------------------------------------------------------------------------

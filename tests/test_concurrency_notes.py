@@ -52,6 +52,18 @@ async def test_a_failure_of_a_map_says_which_item_it_was() -> None:
     assert operation_notes(caught.value.exceptions[0]) == ["operation 3: 'https://bad'"]
 
 
+@pytest.mark.parametrize("length", [20, 80, 100_000])
+async def test_a_note_shows_a_usual_item_whole_and_a_huge_one_in_part(length: int) -> None:
+    """A URL can be copied from the note; a megabyte of data does not flood the traceback."""
+    item = "https://example.org/".ljust(length, "x")
+    with pytest.raises(OperationsFailedError) as caught:
+        await map_with_limit(None, lambda _: fails(OSError()), [item])
+    (note,) = operation_notes(caught.value.exceptions[0])
+    assert note.startswith("operation 0: 'https://ex")
+    assert len(note) <= 1000
+    assert (repr(item) in note) == (length < 1000)
+
+
 async def test_one_instance_gets_one_note() -> None:
     """An error that several operations raise is not covered with notes."""
     error = OSError()

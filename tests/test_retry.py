@@ -20,7 +20,6 @@ from trio_resilience import (
     RetriesExhaustedError,
     Retry,
     RetryResult,
-    RetryScheduled,
     RetryStatistics,
 )
 
@@ -361,52 +360,6 @@ def test_a_policy_outlives_a_run() -> None:
     assert policy.statistics() == RetryStatistics(2, 4, 2, 0)
     assert "max_attempts=3" in repr(policy)
     assert "name='db'" in repr(policy)
-
-
-# --- hooks --------------------------------------------------------------------------------------
-
-
-async def test_on_retry_is_told_before_each_wait(autojump_clock: MockClock) -> None:
-    """With the record of what happened; not before the first attempt, nor when giving up."""
-    told = list[tuple[float, RetryScheduled]]()
-    given = errors(3)
-
-    def on_retry(event: RetryScheduled) -> None:
-        told.append((trio.current_time(), event))
-
-    policy = exactly(on_retry=on_retry, name="db")
-    with pytest.raises(OSError, match="failure 3"):
-        await policy.call(Script([*given]), name="load")
-    assert [(at, event.attempt, event.delay) for at, event in told] == [(0, 1, 1), (1, 2, 2)]
-    first = told[0][1]
-    assert isinstance(first, RetryScheduled)
-    assert first.error is given[0]
-    assert (first.policy, first.operation, first.result) == ("db", "load", None)
-
-
-async def test_on_retry_is_told_of_refused_results(autojump_clock: MockClock) -> None:
-    """They have no error."""
-    told = list[RetryScheduled]()
-    policy = exactly(on_retry=told.append, retry_result=is_busy)
-    await policy.call(Script(["busy"]))
-    assert [(event.error, event.result) for event in told] == [(None, "busy")]
-
-
-async def test_an_on_retry_that_raises_changes_nothing(
-    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It is reported once, by logging, and called again the next time."""
-    called = list[int]()
-
-    def on_retry(event: RetryScheduled) -> None:
-        called.append(event.attempt)
-        raise ZeroDivisionError("in the hook")
-
-    script = Script([*errors(3)])
-    assert await exactly(max_attempts=5, on_retry=on_retry).call(script) == "ok"
-    assert (called, script.began_at) == ([1, 2, 3], [0, 1, 3, 7])
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
-    assert "in the hook" in caplog.text
 
 
 async def test_a_timeout_of_an_attempt_is_a_failure_like_others(autojump_clock: MockClock) -> None:

@@ -143,7 +143,6 @@ async def attempt_to(form: Any, policy: Retry, op: Callable[[], Awaitable[Any]])
 @pytest.fixture
 def no_collector() -> Iterator[None]:
     """Without the collector, what is part of a cycle is never let go."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
@@ -151,6 +150,22 @@ def no_collector() -> Iterator[None]:
 
 def one_delay(_: Random) -> Iterator[float]:
     return iter([1.0])
+
+
+def bad_second_delay(_: Random) -> Iterator[float]:
+    return iter([1.0, -1.0])
+
+
+def raises_on_value_error(error: Exception) -> bool:
+    if isinstance(error, ValueError):
+        raise ZeroDivisionError
+    return True
+
+
+def raises_on_ok(result: object) -> bool:
+    if result == "ok":
+        raise ZeroDivisionError
+    return True
 
 
 ENDINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
@@ -161,6 +176,9 @@ ENDINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "not retried at last": ([OSError, ValueError], {}),
     "no time left": ([OSError, OSError], {"total_timeout": 2}),
     "refused results": (["busy"] * 3, {"retry_result": is_busy}),
+    "predicate raises": ([OSError, ValueError], {"on": raises_on_value_error}),
+    "backoff is wrong": ([OSError, OSError], {"backoff": bad_second_delay}),
+    "retry_result raises": ([OSError, "busy"], {"retry_result": raises_on_ok}),
     "backoff ends": ([OSError] * 3, {"backoff": one_delay}),
 }  # fmt: skip
 
@@ -206,4 +224,22 @@ async def test_nothing_is_kept_alive_by_what_ends_the_whole_job(
     """At the second attempt, when there is an earlier failure."""
     held = list[weakref.ref[Local]]()
     await attempt_to(form, exactly(), holding(held, OSError, stop))
+    assert [ref() for ref in held] == [None, None]
+
+
+async def leave_after_failure(policy: Retry, op: Callable[[], Awaitable[Any]]) -> None:
+    async for attempt in policy.attempts():
+        with attempt:
+            await op()
+        if attempt.number == 2:
+            break
+
+
+@timed
+async def test_nothing_is_kept_alive_by_leaving_a_loop(
+    autojump_clock: MockClock, no_collector: None, options: dict[str, Any]
+) -> None:
+    """Between two attempts, when the last one has failed and nobody waits for another."""
+    held = list[weakref.ref[Local]]()
+    await leave_after_failure(exactly(**options), holding(held, OSError, OSError))
     assert [ref() for ref in held] == [None, None]

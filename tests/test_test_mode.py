@@ -308,6 +308,25 @@ async def test_of_nested_blocks_the_inner_one_counts(autojump_clock: MockClock) 
     assert calls == [3, 5]
 
 
+async def test_a_task_that_outlives_the_inner_block_is_in_the_outer_one(
+    autojump_clock: MockClock,
+) -> None:
+    """Which it was started in as well, and which has not ended."""
+    script = Script([*errors(9)])
+
+    async def later() -> None:
+        await trio.sleep(1)
+        with pytest.raises(OSError, match="failure 2"):
+            await load(script)
+
+    with mode(max_attempts=2):
+        async with trio.open_nursery() as nursery:
+            with mode(max_attempts=3):
+                nursery.start_soon(later)
+                await trio.lowlevel.checkpoint()
+    assert script.calls == 2
+
+
 def test_it_may_surround_a_run() -> None:
     """For tests that call `trio.run` themselves."""
     script = Script([*errors(4)])

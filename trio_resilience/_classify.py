@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast, final
 
 import attrs
 
+from trio_resilience._algorithms._retry_rule import Verdict
 from trio_resilience._errors import (
     CallAbandonedError,
     ConfigError,
@@ -20,8 +21,6 @@ from trio_resilience._errors import (
     RejectedError,
 )
 
-Verdict: TypeAlias = bool | float
-"""Whether to try again; a number is "yes, after this many seconds"."""
 Predicate: TypeAlias = Callable[[Exception], Verdict]
 ErrorMatch: TypeAlias = type[Exception] | Predicate | tuple["ErrorMatch", ...]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -17,6 +17,7 @@ import attrs
 import trio
 
 from trio_resilience._algorithms._backoff import Backoff, Exponential
+from trio_resilience._algorithms._retry_rule import LongestDelays, RetryRule, Verdict
 from trio_resilience._checks import (
     NotAnOperationError,
     callable_operation,
@@ -31,7 +32,6 @@ from trio_resilience._checks import (
 from trio_resilience._classify import (
     Classifier,
     ErrorMatch,
-    Verdict,
     retry_after_of,
     transient,
     verdict_of,
@@ -41,7 +41,7 @@ from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._join import Job, check_nursery, join
 from trio_resilience._engine._policy import Overrides, Policy, open_overrides, overrides
 from trio_resilience._engine._report import report
-from trio_resilience._engine._traceback import add_note_once, drop_tracebacks
+from trio_resilience._engine._traceback import add_note_once, being_handled, drop_tracebacks
 from trio_resilience._errors import OperationTimeoutError, RetriesExhaustedError
 from trio_resilience._events import (
     AttemptFinished,
@@ -170,7 +170,7 @@ class Retry(Policy[Never]):
             header, asks to wait longer than these seconds: to come back sooner makes it worse. A
             shorter wait is the least that the next delay will be.
         on_retry: called with a `RetryScheduled` before each wait; if it raises, that is logged. The
-            traceback of its error is dropped when the next attempt begins.
+            traceback of its error is dropped after that.
         rng: source of the jitter.
         name: label of the policy in events and notes.
 
@@ -241,11 +241,12 @@ class Retry(Policy[Never]):
             if isinstance(error, TypeError):
                 _refuse(fn, pending)
             call = self._start(fn, name)
-            call.attempt = 1
+            call.rule.attempts = 1
             if not call.failed(error):
                 raise
         else:
             return result
+        call.forget_tracebacks()
         await call.wait()
         await _repeat(call, fn, args)
         result = call.result
@@ -257,7 +258,7 @@ class Retry(Policy[Never]):
         """Like `call`, and tell how many attempts and how much waiting the result took."""
         call = self._start(fn, name)
         await _repeat(call, fn, args)
-        return RetryResult(call.result, call.attempt, call.total_delay)
+        return RetryResult(call.result, call.rule.attempts, call.rule.total_delay)
 
     def attempts(self) -> AsyncIterator[Attempt]:
         """Retry a block of code rather than a function.
@@ -290,23 +291,21 @@ class Retry(Policy[Never]):
             label(fn) if name is None else name,
             self._classifier,
             self._listeners,
-            mode,
             self._current_counts(mode),
+            self._rule(mode),
         )
+
+    def _rule(self, mode: Overrides | None) -> RetryRule:
+        most = math.inf if self.max_attempts is None else self.max_attempts
+        rule = RetryRule(most, self.backoff, self.max_retry_after, self.rng)
+        if mode is not None:
+            rule.max_attempts = min(most, mode.max_attempts)
+            rule.has_delays = mode.delays
+            rule.rng = self.rng if mode.jitter else LongestDelays(0)
+        return rule
 
     def _current_counts(self, mode: Overrides | None) -> _Counts:
         return self._counts if mode is None else mode.state_of(self, self._counts)
-
-
-class _LongestDelays(Random):
-    """Draws the upper end of every range: for tests, where delays are to be exact."""
-
-    def uniform(self, a: float, b: float) -> float:
-        return max(a, b)
-
-
-def _choose_rng(call: _Call) -> Random:
-    return call.retry.rng if call.mode is None or call.mode.jitter else _LongestDelays(0)
 
 
 @final
@@ -318,38 +317,41 @@ class _Call:
     operation: str
     classifier: Classifier
     listeners: tuple[Subscription, ...]
-    mode: Overrides | None
     counts: _Counts
-    attempt: int = attrs.field(default=0, init=False)
+    rule: RetryRule
     result: Any = attrs.field(default=_NOTHING, init=False)
     is_over: bool = attrs.field(default=False, init=False)
     delay: float = attrs.field(default=0.0, init=False)
     """Seconds until the next attempt, unless it is over."""
-    total_delay: float = attrs.field(default=0.0, init=False)
     _error: Exception | None = attrs.field(default=None, init=False)
-    """What the attempt before raised."""
-    _traceback: TracebackType | None = attrs.field(default=None, init=False)
+    """What the attempt before raised, without its traceback, which holds frames that hold us."""
     _began: float = attrs.field(default=0.0, init=False)
     _deadline: float = attrs.field(default=math.inf, init=False)
-    _delays: Iterator[float] | None = attrs.field(default=None, init=False)
-    _rng: Random = attrs.field(default=attrs.Factory(_choose_rng, takes_self=True), init=False)
 
     @contextmanager
     def guard(self) -> Generator[None]:
         """Make one attempt in this block; swallow its failure if there is to be another."""
         self._begin()
+        handled = being_handled()
         deadline = min(self._began + self.retry.attempt_timeout, self._deadline)
         try:
-            with limit(deadline, self._expire):
-                yield
-        except Exception as error:
-            if not self.failed(error):
-                raise
+            try:
+                with limit(deadline, self._expire):
+                    yield
+            except Exception as error:
+                if not self.failed(error):
+                    raise
+                drop_tracebacks(error, handled)
+            else:
+                self._returned()
         except BaseException:
             self._end()
             raise
-        else:
-            self._returned()
+
+    def forget_tracebacks(self) -> None:
+        """Drop those of the attempt before, once its error is no longer being handled."""
+        if self._error is not None:
+            drop_tracebacks(self._error, being_handled())
 
     async def wait(self) -> None:
         """Wait until it is time for the next attempt."""
@@ -360,22 +362,18 @@ class _Call:
             raise
 
     def _end(self) -> None:
-        # Nothing of ours may keep an error alive: its traceback holds the frames that hold us.
-        self.is_over, self._error, self._traceback = True, None, None
+        self.is_over, self._error = True, None
 
     def _begin(self) -> None:
-        if self._error is not None:
-            self._traceback = self._error.__traceback__
-            drop_tracebacks(self._error)
         self._began = trio.current_time()
-        if self.attempt == 0:
+        if self.rule.attempts == 0:
             self.counts.calls += 1
             self._deadline = self._began + self.retry.total_timeout
         else:
             self.counts.repeats += 1
-        self.attempt += 1
+        self.rule.attempts += 1
         self.result = _NOTHING
-        self._report(AttemptStarted, attempt=self.attempt)
+        self._report(AttemptStarted, attempt=self.rule.attempts)
 
     def _expire(self) -> OperationTimeoutError:
         is_total = trio.current_time() >= self._deadline
@@ -384,8 +382,7 @@ class _Call:
         error = OperationTimeoutError(timeout, self.operation)
         if is_total:
             self.is_over = True
-            if self._error is not None:
-                error.__cause__ = self._error.with_traceback(self._traceback)
+            error.__cause__ = self._error
         return error
 
     def failed(self, error: Exception) -> bool:
@@ -395,7 +392,7 @@ class _Call:
             return False
         self._finished(error)
         if self.is_over:
-            reason = f"gave up after {self._times()}: `total_timeout` is over"
+            reason = f"gave up after {self.rule.times()}: `total_timeout` is over"
         else:
             verdict = self.classifier.judge(error)
             reason = (
@@ -407,8 +404,8 @@ class _Call:
             self._give_up(reason, error)
             add_note_once(error, f"{self.retry.name}: ", reason)
             return False
-        self._error = error
         self._announce(error)
+        self._error = error
         return True
 
     def _returned(self) -> None:
@@ -418,69 +415,29 @@ class _Call:
             refused = verdict_of(self.retry.retry_result(self.result))
         if refused is False:
             self._end()
-            self.counts.recovered += self.attempt > 1
+            self.counts.recovered += self.rule.attempts > 1
             return
         reason = self._schedule(refused, retry_after_of(self.result, time.time))
         if reason:
             self._give_up(reason, None)
-            raise RetriesExhaustedError(self.result, self.attempt)
+            raise RetriesExhaustedError(self.result, self.rule.attempts)
         self._announce(None)
 
     def _schedule(self, verdict: Verdict, told: float | None) -> str:
         """Plan the next attempt; return why there is none, or an empty string."""
-        most = self.retry.max_attempts or math.inf
-        if self.attempt >= (most if self.mode is None else min(most, self.mode.max_attempts)):
-            return f"gave up after {self._times()}"
-        if told is not None and told > self.retry.max_retry_after:
-            return (
-                f"gave up after {self._times()}: told to wait {told:g} s, which is more than"
-                f" `max_retry_after`, {self.retry.max_retry_after:g} s"
-            )
-        delay = self._draw(verdict, told)
-        if delay is None:
-            return f"gave up after {self._times()}: the backoff has ended"
-        deadline = trio.current_effective_deadline()
-        if deadline == -math.inf:
-            # The call is being cancelled: the wait raises that, and nobody has given up.
-            delay = 0.0
-        elif trio.current_time() + delay >= min(deadline, self._deadline):
-            return (
-                f"gave up after {self._times()}: the next one, in {delay:g} s, would not begin"
-                " before the deadline"
-            )
-        self.delay = delay
-        self.total_delay += delay
+        deadline = min(trio.current_effective_deadline(), self._deadline)
+        planned = self.rule.next_delay(verdict, told, trio.current_time(), deadline)
+        if isinstance(planned, str):
+            return planned
+        self.delay = planned
         return ""
-
-    def _draw(self, verdict: Verdict, told: float | None) -> float | None:
-        if isinstance(verdict, bool):
-            if self._delays is None:
-                self._delays = iter(self.retry.backoff(self._rng))
-            drawn = next(self._delays, None)
-            if drawn is None:
-                return None
-            delay = number("backoff", drawn)
-        else:
-            delay = verdict
-        if told is not None:
-            delay = max(delay, told)
-            if self._has_jitter():
-                # All who were told the same would come back at the same time.
-                delay += self._rng.uniform(0.0, delay / 10)
-        return 0.0 if self.mode is not None and not self.mode.delays else delay
-
-    def _has_jitter(self) -> bool:
-        is_exact = self.mode is not None and not self.mode.jitter
-        return not is_exact and getattr(self.retry.backoff, "jitter", "full") != "none"
-
-    def _times(self) -> str:
-        attempts = "1 attempt" if self.attempt == 1 else f"{self.attempt} attempts"
-        return f"{attempts} and {self.total_delay:g} s of waiting" if self.total_delay else attempts
 
     def _finished(self, error: Exception | None) -> None:
         if open_subscriptions:
             duration = trio.current_time() - self._began
-            self._report(AttemptFinished, attempt=self.attempt, duration=duration, error=error)
+            self._report(
+                AttemptFinished, attempt=self.rule.attempts, duration=duration, error=error
+            )
 
     def _announce(self, error: Exception | None) -> None:
         if trio.current_effective_deadline() == -math.inf:
@@ -488,7 +445,7 @@ class _Call:
         self._report(
             RetryScheduled,
             also_to=self.listeners,
-            attempt=self.attempt,
+            attempt=self.rule.attempts,
             delay=self.delay,
             error=error,
             result=None if error is not None else self.result,
@@ -498,7 +455,9 @@ class _Call:
         self._end()
         self.counts.given_up += 1
         result = None if error is not None else self.result
-        self._report(RetryGaveUp, attempts=self.attempt, reason=reason, error=error, result=result)
+        self._report(
+            RetryGaveUp, attempts=self.rule.attempts, reason=reason, error=error, result=result
+        )
 
     def _report(self, kind: type[Any], **fields: Any) -> None:
         report(kind, policy=self.retry.name, operation=self.operation, **fields)
@@ -529,7 +488,7 @@ class Attempt:
         self._call = call
         self._guard: AbstractContextManager[None] | None = None
         self.has_ended = False
-        self.number = call.attempt + 1
+        self.number = call.rule.attempts + 1
         """Which attempt it is, counted from 1."""
 
     def set_result(self, value: object) -> None:

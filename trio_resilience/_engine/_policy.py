@@ -82,10 +82,11 @@ class Overrides:
 # While no `test_mode` block is open anywhere in the process, policies look no further than this.
 open_overrides: set[Overrides] = set()
 
-current_overrides: ContextVar[Overrides | None] = ContextVar("overrides", default=None)
+current_overrides: ContextVar[tuple[Overrides, ...]] = ContextVar("overrides", default=())
+"""The blocks around this context, the innermost last; some of them may have ended."""
 
 
 def overrides() -> Overrides | None:
-    """Return what a `test_mode` block around this call changes, if there is one."""
-    found = current_overrides.get()
-    return found if found in open_overrides else None
+    """Return what the innermost `test_mode` block around this call changes, if there is one."""
+    around = reversed(current_overrides.get())
+    return next((mode for mode in around if mode in open_overrides), None)

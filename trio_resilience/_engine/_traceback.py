@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Container
 from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar, cast
@@ -25,16 +26,20 @@ def _is_ours(traceback: TracebackType) -> bool:
     return module == _PACKAGE or module.startswith(f"{_PACKAGE}.")
 
 
-def drop_tracebacks(error: BaseException) -> None:
+def drop_tracebacks(error: BaseException, handled: Container[int]) -> None:
     """Let *error*, or a part of it, be raised again as if it had not been raised before.
 
     Python puts the frames of a new raise in front of those of the old ones: an instance that is
-    raised for every attempt would carry them all. What the caller handles is not ours.
+    raised for every attempt would carry them all. What the caller handles is not ours: *handled*.
     """
-    handled = {id(part) for part in _parts(sys.exception())}
     for part in _parts(error):
         if id(part) not in handled:
             part.__traceback__ = None
+
+
+def being_handled() -> Container[int]:
+    """Return the ids of the exception that the calling code handles, and of its parts."""
+    return {id(part) for part in _parts(sys.exception())}
 
 
 def _parts(error: BaseException | None) -> list[BaseException]:

@@ -47,15 +47,14 @@ def test_mode(
         delays=flag("delays", delays),
         states=WeakKeyDictionary[Any, Any]() if flag("fresh", fresh) else None,
     )
-    outer = current_overrides.get()
-    current_overrides.set(mode)
+    current_overrides.set((*current_overrides.get(), mode))
     open_overrides.add(mode)
     try:
         yield
     finally:
         open_overrides.discard(mode)
         # No token is reset: a fixture's teardown runs in another context than its setup.
-        current_overrides.set(outer)
+        current_overrides.set(tuple(each for each in current_overrides.get() if each is not mode))
 
 
 # pytest collects what is called test_*, also where it is only imported.

@@ -1,0 +1,54 @@
+"""What the import costs beyond that of the three dependencies."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from statistics import median
+from typing import Final
+
+from benchmarks._runner import Benchmark, Bound, Case, Figures, output_of
+
+OURS = "import trio_resilience"
+DEPENDENCIES = "import trio, attrs, outcome"
+
+WALL: Final = "ms"
+"""From before the import to after it; what the interpreter takes to start is left out."""
+PROCESSOR: Final = "ms of processor"
+
+IMPORTS = 3
+"""How often an interpreter is started afresh for one figure, which is the median."""
+
+# Nothing is imported here that would otherwise be part of what is measured.
+_PROGRAM = """
+from time import perf_counter, process_time
+wall, processor = perf_counter(), process_time()
+{statement}
+wall, processor = perf_counter() - wall, process_time() - processor
+print(f'{{{{"{wall_name}": {{wall * 1e3}}, "{processor_name}": {{processor * 1e3}}}}}}')
+"""
+
+
+def import_time(statement: str, count: int) -> Figures:
+    """Execute *statement* in so many fresh interpreters, one after the other."""
+    program = _PROGRAM.format(statement=statement, wall_name=WALL, processor_name=PROCESSOR)
+    found = [output_of([sys.executable, "-c", program]) for _ in range(count)]
+    return {name: median(figures[name] for figures in found) for name in (WALL, PROCESSOR)}
+
+
+def _case(statement: str) -> Case:
+    return Case(statement, partial(import_time, statement), IMPORTS)
+
+
+BENCHMARKS = (
+    Benchmark(
+        module="benchmarks.bench_import",
+        name="import",
+        about="Import in a fresh interpreter, beyond the start of the interpreter itself",
+        cases=(_case(OURS), _case(DEPENDENCIES)),
+        bounds=tuple(
+            Bound(case=OURS, relative_to=DEPENDENCIES, figure=figure, at_most=1.3)
+            for figure in (WALL, PROCESSOR)
+        ),
+    ),
+)

@@ -1,0 +1,274 @@
+"""The benchmarks run, measure what they name and hold it against bounds; no test judges a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from benchmarks import _runner
+from benchmarks.__main__ import SUITE, main
+from benchmarks._report import as_record, as_text
+from benchmarks._runner import ROOT, Benchmark, Bound, Case, Figures, Results
+from benchmarks._timing import MICROSECONDS, timed
+from benchmarks.bench_stream import ALLOCATED, AT_ONCE, TASKS, LiveTasks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+BENCHMARKS = [benchmark for each in SUITE.values() for benchmark in each]
+IN_THIS_PROCESS = [
+    pytest.param(case, id=f"{benchmark.name}: {case.name}")
+    for benchmark in BENCHMARKS
+    for case in benchmark.cases
+    if case.is_available and benchmark.name != "import"
+]
+
+
+def unmeasured(_: int) -> Figures:
+    raise AssertionError("a record of results needs no run")
+
+
+def compared(*bounds: Bound) -> Benchmark:
+    """Make a benchmark of two cases, of which nothing is run."""
+    cases = (Case("ours", unmeasured), Case("theirs", unmeasured, package="no_such_package"))
+    return Benchmark(module="none", name="none", about="About it", cases=cases, bounds=bounds)
+
+
+def results(benchmark: Benchmark, **times: list[float]) -> Results:
+    """What each case took, round by round."""
+    rounds = {name: [{"s": value} for value in values] for name, values in times.items()}
+    return Results(benchmark, dict.fromkeys(times, 20), rounds)
+
+
+@pytest.fixture
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks._timing.SECONDS_AT_LEAST", 1e-9)
+
+
+@pytest.mark.parametrize("case", IN_THIS_PROCESS)
+def test_a_case_does_its_work(case: Case, short_measurements: None) -> None:
+    """Each contender that is installed does a few operations, and finds something positive."""
+    figures = case.measure(40)
+    assert figures
+    assert all(value >= 0 for value in figures.values())
+    assert figures.get(MICROSECONDS, 1) > 0
+
+
+def test_our_own_cases_need_no_other_package() -> None:
+    """So something is measured whatever is installed."""
+    assert {
+        benchmark.name: benchmark.cases[0].package for benchmark in BENCHMARKS
+    } == dict.fromkeys(["5 at once", "100 at once", "success", "memory", "import"], "")
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
+def test_every_bound_is_about_cases_of_its_benchmark(benchmark: Benchmark) -> None:
+    """A name that is misspelt would read as a case that could not run."""
+    names = {case.name for case in benchmark.cases}
+    assert benchmark.bounds
+    assert {bound.case for bound in benchmark.bounds} <= names
+    assert {bound.relative_to for bound in benchmark.bounds} - {""} <= names
+    assert all(bound.at_most < float("inf") or bound.at_least > 0 for bound in benchmark.bounds)
+
+
+def test_the_memory_of_a_stream_is_traced() -> None:
+    """Ten times the operations allocate no more, and a task is counted for each worker."""
+    measure = next(
+        case.measure
+        for case in SUITE["stream"][0].cases
+        if case.name == "stream_with_limit, traced"
+    )
+    few, many = measure(300), measure(3_000)
+    assert AT_ONCE <= many[TASKS] <= AT_ONCE + 3
+    assert 0 < many[ALLOCATED] < 2 * few[ALLOCATED]
+
+
+def test_live_tasks_are_those_at_the_same_time() -> None:
+    """Three at once and then two more make three."""
+
+    async def run() -> LiveTasks:
+        tasks = LiveTasks()
+        trio.lowlevel.add_instrument(tasks)
+        for count in (3, 2):
+            async with trio.open_nursery() as nursery:
+                for _ in range(count):
+                    nursery.start_soon(trio.lowlevel.checkpoint)
+        trio.lowlevel.remove_instrument(tasks)
+        return tasks
+
+    tasks = trio.run(run)
+    assert (tasks.peak, tasks.now) == (3, 0)
+
+
+def test_a_contender_that_does_not_do_its_work_has_no_time() -> None:
+    """Returning early would look fast."""
+
+    async def lazy(count: int) -> list[int]:
+        await trio.lowlevel.checkpoint()
+        return list(range(count - 1))
+
+    with pytest.raises(RuntimeError, match="expected the results of 2 operations"):
+        timed(lazy)(40)
+
+
+def test_the_cases_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A B A B A B, each at its size, and never those that lack a package."""
+    cases = (
+        Case("a", unmeasured, 100),
+        Case("b", unmeasured, 1),
+        Case("c", unmeasured, package="no_such_package"),
+    )
+    benchmark = Benchmark(module="m", name="n", about="", cases=cases, bounds=())
+    ran = list[tuple[str, int]]()
+    figures: Iterator[Figures] = iter({"s": float(number)} for number in range(6))
+
+    def measure(_: Benchmark, case: Case, size: int) -> Figures:
+        ran.append((case.name, size))
+        return next(figures)
+
+    monkeypatch.setattr(_runner, "_measure_afresh", measure)
+    found = _runner.run(benchmark, rounds=3, scale=0.1)
+    assert ran == [("a", 10), ("b", 1)] * 3
+    assert found.of("a", "s") == [0, 2, 4]
+    assert found.of("b", "s") == [1, 3, 5]
+    assert found.of("c", "s") == []
+
+
+def test_what_does_not_vary_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark may have fewer rounds than are asked for."""
+    benchmark = Benchmark(
+        module="m", name="n", about="", cases=(Case("a", unmeasured),), bounds=(), most_rounds=1
+    )
+
+    def measure(*_: object) -> Figures:
+        return {"s": 1.0}
+
+    monkeypatch.setattr(_runner, "_measure_afresh", measure)
+    assert len(_runner.run(benchmark, rounds=7).rounds["a"]) == 1
+
+
+def test_ratios_are_of_medians_and_by_round() -> None:
+    """One disturbed round changes neither much; the two may differ."""
+    bound = Bound(case="ours", relative_to="theirs", figure="s", at_most=2)
+    found = results(compared(bound), ours=[3.0, 4.0, 90.0], theirs=[2.0, 4.0, 1.0])
+    assert found.median_of(bound) == 4.0 / 2.0
+    assert found.median_by_round(bound) == 3.0 / 2.0
+
+
+@pytest.mark.parametrize(
+    "at_least, at_most, verdict",
+    [(0, 2, "ok"), (0, 1.9, "MISSED"), (2, float("inf"), "ok"), (2.1, float("inf"), "MISSED")],
+)
+def test_a_bound_is_kept_or_missed(at_least: float, at_most: float, verdict: str) -> None:
+    """Its last column says so, and its record."""
+    bound = Bound(case="ours", relative_to="theirs", figure="s", at_most=at_most, at_least=at_least)
+    found = results(compared(bound), ours=[4.0], theirs=[2.0])
+    assert as_text(found).endswith(f"  {verdict}")
+    assert as_record(found)["bounds"][0]["verdict"] == verdict
+
+
+def test_a_bound_may_be_about_a_figure_itself() -> None:
+    """Such as the memory that is added."""
+    bound = Bound(case="ours", figure="s", at_most=8)
+    found = results(compared(bound), ours=[7.0, 9.0, 7.5])
+    assert found.median_of(bound) == 7.5
+    assert found.median_by_round(bound) is None
+    assert "ours, s" in as_text(found)
+
+
+def test_a_peer_that_is_missing_is_said_to_be() -> None:
+    """Its bound is neither kept nor missed."""
+    bound = Bound(case="ours", relative_to="theirs", figure="s", at_most=2)
+    text = as_text(results(compared(bound), ours=[4.0]))
+    assert "(needs no_such_package)" in text
+    assert text.endswith("  not measured")
+
+
+def python_m_benchmarks(*arguments: str) -> str:
+    """Run it as a user does, and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_the_command_prints_tables() -> None:
+    """Every case that can run has its row, and every bound that was measured its verdict."""
+    [benchmark] = SUITE["retry"]
+    lines = python_m_benchmarks("retry", "--rounds", "1", "--scale", "0.001").splitlines()
+    assert benchmark.about in lines
+    for case in benchmark.cases:
+        [row] = [line for line in lines if line.startswith(f"  {case.name}, µs")] or [
+            line for line in lines if line.startswith(f"  {case.name} ") and "(needs" in line
+        ]
+        assert case.is_available == ("not run" not in row)
+    verdicts = [line for line in lines if " / " in line]
+    assert len(verdicts) == len(benchmark.bounds)
+    assert verdicts[0].endswith(("  ok", "  MISSED"))
+
+
+def test_the_command_prints_json() -> None:
+    """Each benchmark has its record, with the figures of each round and the value for each bound."""
+    arguments = ["concurrency", "stream", "import", "--rounds", "1", "--scale", "0.001", "--json"]
+    document: dict[str, Any] = json.loads(python_m_benchmarks(*arguments))
+    assert document["environment"]["trio"] == trio.__version__
+    names = [record["name"] for record in document["benchmarks"]]
+    assert names == ["5 at once", "100 at once", "memory", "import"]
+    for record in document["benchmarks"]:
+        assert record["rounds"]
+        assert all(len(rounds) == 1 for rounds in record["rounds"].values())
+        assert record["bounds"][0]["value"] > 0
+        assert record["bounds"][0]["verdict"] in {"ok", "MISSED"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["no-such"], "no benchmark 'no-such'; there are concurrency, retry, stream, import"),
+        (["--rounds", "0"], "must be >= 1, got 0"),
+        (["--rounds", "x"], "invalid"),
+        (["--scale", "nan"], "must be > 0, got nan"),
+        (["--scale", "-1"], "must be > 0, got -1"),
+    ],
+)
+def test_bad_usage_is_one_clear_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is run, and the exit status is 2."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+CRASHING = """
+from benchmarks._runner import Benchmark, Case
+
+def crash(size):
+    raise OSError("planted")
+
+BENCHMARKS = (
+    Benchmark(module=__name__, name="b", about="", cases=(Case("c", crash),), bounds=()),
+)
+"""
+
+
+def test_a_case_that_crashes_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is no figure that is missing, but an error, and its traceback is shown."""
+    (tmp_path / "crashing.py").write_text(CRASHING, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    benchmark = Benchmark(
+        module="crashing", name="b", about="", cases=(Case("c", unmeasured),), bounds=()
+    )
+    with pytest.raises(subprocess.CalledProcessError):
+        _runner.run(benchmark, rounds=1)
+    assert "OSError: planted" in capfd.readouterr().err
