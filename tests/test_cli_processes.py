@@ -24,6 +24,14 @@ ENVIRONMENT = {**os.environ, "NO_PROXY": "*"}
 SECONDS = 30
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard() -> Generator[None]:
+    """A shell that starts the tests in the background has them ignore Ctrl-C, and their children."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @pytest.fixture
 def web() -> Generator[Web]:
     with web_server() as web:

@@ -41,7 +41,12 @@ from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._join import Job, check_nursery, join
 from trio_resilience._engine._policy import Overrides, Policy, open_overrides, overrides
 from trio_resilience._engine._report import report
-from trio_resilience._engine._traceback import add_note_once, being_handled, drop_tracebacks
+from trio_resilience._engine._traceback import (
+    add_note_once,
+    being_handled,
+    below_our_frames,
+    drop_tracebacks,
+)
 from trio_resilience._errors import OperationTimeoutError, RetriesExhaustedError
 from trio_resilience._events import (
     AttemptFinished,
@@ -60,6 +65,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _NOTHING: Final = object()
+_BLOCK: Final = "block"
 
 
 @final
@@ -272,7 +278,7 @@ class Retry(Policy[Never]):
 
         The loop ends after the first block that succeeds, and with the error of the last one.
         """
-        return _Attempts(self._start("block", "block"))
+        return _Attempts(self._start(_BLOCK, _BLOCK))
 
     def statistics(self) -> RetryStatistics:
         """Return how many calls and attempts there were, and what became of them."""
@@ -324,7 +330,9 @@ class _Call:
     delay: float = attrs.field(default=0.0, init=False)
     """Seconds until the next attempt, unless it is over."""
     _error: Exception | None = attrs.field(default=None, init=False)
-    """What the attempt before raised, without its traceback, which holds frames that hold us."""
+    """What the attempt before raised, without its traceback."""
+    _traceback: TracebackType | None = attrs.field(default=None, init=False)
+    """The frames of the operation in it; those above them are still running, and hold us."""
     _began: float = attrs.field(default=0.0, init=False)
     _deadline: float = attrs.field(default=math.inf, init=False)
 
@@ -362,7 +370,7 @@ class _Call:
             raise
 
     def _end(self) -> None:
-        self.is_over, self._error = True, None
+        self.is_over, self._error, self._traceback = True, None, None
 
     def _begin(self) -> None:
         self._began = trio.current_time()
@@ -382,7 +390,8 @@ class _Call:
         error = OperationTimeoutError(timeout, self.operation)
         if is_total:
             self.is_over = True
-            error.__cause__ = self._error
+            if self._error is not None:
+                error.__cause__ = self._error.with_traceback(self._traceback)
         return error
 
     def failed(self, error: Exception) -> bool:
@@ -406,6 +415,8 @@ class _Call:
             return False
         self._announce(error)
         self._error = error
+        if self.operation is not _BLOCK:
+            self._traceback = below_our_frames(error.__traceback__)
         return True
 
     def _returned(self) -> None:

@@ -15,10 +15,14 @@ _PACKAGE = __name__.partition(".")[0]
 
 def without_our_frames(error: ErrorT) -> ErrorT:
     """Cut the frames of this package off the start of the traceback of *error*."""
-    traceback = error.__traceback__
+    return error.with_traceback(below_our_frames(error.__traceback__))
+
+
+def below_our_frames(traceback: TracebackType | None) -> TracebackType | None:
+    """Return the part of *traceback* that begins with the first frame that is not ours."""
     while traceback is not None and _is_ours(traceback):
         traceback = traceback.tb_next
-    return error.with_traceback(traceback)
+    return traceback
 
 
 def _is_ours(traceback: TracebackType) -> bool:
