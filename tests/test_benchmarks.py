@@ -215,7 +215,7 @@ def test_the_command_prints_tables() -> None:
 
 
 def test_the_command_prints_json() -> None:
-    """Each benchmark has its record, with the figures of each round and the value for each bound."""
+    """Each benchmark has its record, with all rounds and the value for each bound."""
     arguments = ["concurrency", "stream", "import", "--rounds", "1", "--scale", "0.001", "--json"]
     document: dict[str, Any] = json.loads(python_m_benchmarks(*arguments))
     assert document["environment"]["trio"] == trio.__version__

@@ -233,18 +233,20 @@ async def test_a_listener_hears_its_block_alone() -> None:
 
 
 async def test_a_task_that_outlives_the_block_is_not_heard(autojump_clock: MockClock) -> None:
-    """Silent once the block has ended, also in what it started."""
-    listener = Listener()
+    """Silent once the block has ended, also in what it started; an outer block still hears."""
+    listener, outer = Listener(), Listener()
 
     async def later() -> None:
         await trio.sleep(5)
         await call_once()
 
-    async with trio.open_nursery() as nursery:
-        with subscribe(listener):
-            nursery.start_soon(later)
-            await trio.sleep(1)
+    with subscribe(outer):
+        async with trio.open_nursery() as nursery:
+            with subscribe(listener):
+                nursery.start_soon(later)
+                await trio.sleep(1)
     assert listener.heard == []
+    assert len(outer.heard) == 2
 
 
 async def test_many_listeners_hear_in_their_order() -> None:

@@ -181,6 +181,7 @@ async def test_the_total_stops_a_running_attempt(autojump_clock: MockClock) -> N
     assert caught.value.__cause__ is failure
     assert failure.__traceback__ is not None, "a cause is shown with where it came from"
     assert caught.value.__notes__[0].startswith("retry: gave up after 2 attempts")
+    assert "total_timeout" in caught.value.__notes__[0]
     assert policy.statistics() == RetryStatistics(1, 2, 0, 1)
 
 

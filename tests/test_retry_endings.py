@@ -11,7 +11,15 @@ import trio.testing
 
 from tests.operations import leaves
 from tests.test_retry import Script, always, errors, exactly
-from trio_resilience import Retry, RetryStatistics
+from trio_resilience import (
+    Constant,
+    Event,
+    Retry,
+    RetryGaveUp,
+    RetryScheduled,
+    RetryStatistics,
+    subscribe,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -133,6 +141,31 @@ async def test_a_hook_that_cancels_is_obeyed(form: Any) -> None:
         await form(exactly(on_retry=on_retry), script)
     assert scope.cancelled_caught
     assert script.calls == 1
+
+
+@forms
+@greedy
+@pytest.mark.parametrize("delay", [0, 1])
+async def test_a_failure_while_being_cancelled_is_not_retried(
+    autojump_clock: MockClock, form: Any, on: Any, delay: float
+) -> None:
+    """The call ends with its cancellation: nothing is announced, and nobody has given up."""
+    told, listener, calls = list[object](), list[Event](), 0
+    policy = exactly(on=on, on_retry=told.append, max_attempts=None, backoff=Constant(delay))
+
+    async def op() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            scope.cancel()
+        raise OSError("in the clean-up")
+
+    with trio.CancelScope() as scope, subscribe(listener.append):
+        await form(policy, op)
+    assert scope.cancelled_caught
+    assert (calls, len(told), policy.statistics().given_up) == (2, 1, 0)
+    assert [type(event) for event in listener].count(RetryScheduled) == 1
+    assert RetryGaveUp not in {type(event) for event in listener}
 
 
 @forms

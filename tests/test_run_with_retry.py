@@ -122,7 +122,7 @@ async def test_cancelling_the_caller_ends_it(
     async with foreign_nursery() as nursery:
         async with trio.open_nursery() as callers:
             callers.start_soon(
-                partial(run_with_retry, nursery if given else None, script, base_delay=10)
+                partial(run_with_retry, nursery if given else None, script, jitter=False)
             )
             await trio.sleep(0.5)
             callers.cancel_scope.cancel()

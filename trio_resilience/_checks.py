@@ -107,7 +107,7 @@ def operations(name: str, fns: Iterable[object]) -> None:
     """Check each of *fns* before any of them runs; close every coroutine object among them."""
     try:
         for index, fn in enumerate(fns):
-            inner: Any = fn.func if isinstance(fn, functools.partial) else fn
+            inner: Any = getattr(fn, "func", fn)  # of a partial
             # The usual case, told in one step: what comes here may be a long list.
             if type(inner) is types.FunctionType and inner.__code__.co_flags & _ASYNC_DEF:
                 continue

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import reprlib
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
-    Collection,
     Iterable,
-    Sized,
 )
 from datetime import timedelta
 from functools import partial
@@ -26,7 +22,6 @@ from typing import (
     TypeAlias,
     TypeVar,
     TypeVarTuple,
-    cast,
     final,
     overload,
 )
@@ -39,22 +34,14 @@ from trio_resilience._checks import (
     flag,
     integer,
     label,
-    one_of,
     operation,
-    operations,
-    seconds,
-    sync_callback,
 )
-from trio_resilience._engine._join import Job, check_nursery, join, leaves_of
+from trio_resilience._engine._ending import add_context, raise_failure, take_failure
+from trio_resilience._engine._join import Job, check_nursery, join
 from trio_resilience._engine._outbox import ENDED, Outbox
+from trio_resilience._engine._plan import OnError, Plan, checked_policy, make_plan
 from trio_resilience._engine._policy import Policy
-from trio_resilience._engine._pool import MISSING, OnError, Plan, Pool
-from trio_resilience._engine._traceback import add_note_once
-from trio_resilience._errors import (
-    BulkheadFullError,
-    OperationsCancelledError,
-    OperationsFailedError,
-)
+from trio_resilience._engine._pool import Pool
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -105,7 +92,7 @@ async def run_in(
     check_nursery(nursery)
     operation("fn", fn)
     if policy is not None:
-        _checked_policy(policy)
+        checked_policy(policy)
     await trio.lowlevel.checkpoint_if_cancelled()
     title = label(fn) if name is None else name
     call: Any = fn
@@ -202,7 +189,7 @@ async def run_with_limit(
             )
     """
     check_nursery(nursery)
-    plan = _plan(
+    plan = make_plan(
         "run_with_limit", None, ops, max_concurrency, queue_size, timeout, batch_size,
         delay_between_batches, policy, on_error, on_done,
     )  # fmt: skip
@@ -264,7 +251,7 @@ async def map_with_limit(
             pages = await map_with_limit(nursery, fetch, urls, max_concurrency=5, timeout=30)
     """
     check_nursery(nursery)
-    plan = _plan(
+    plan = make_plan(
         "map_with_limit", fn, items, max_concurrency, queue_size, timeout, batch_size,
         delay_between_batches, policy, on_error, on_done,
     )  # fmt: skip
@@ -339,7 +326,7 @@ def stream_with_limit(
                 print(index, result)
     """
     check_nursery(nursery)
-    plan = _plan(
+    plan = make_plan(
         "stream_with_limit", None, ops, max_concurrency, queue_size, timeout, batch_size,
         delay_between_batches, policy, on_error, None,
     )  # fmt: skip
@@ -404,7 +391,7 @@ def stream_map_with_limit(
                 print(url, len(page))
     """
     check_nursery(nursery)
-    plan = _plan(
+    plan = make_plan(
         "stream_map_with_limit", fn, items, max_concurrency, queue_size, timeout, batch_size,
         delay_between_batches, policy, on_error, None,
     )  # fmt: skip
@@ -487,7 +474,7 @@ class Stream(Generic[K, R]):
         assert self._pool is not None
         if not self._reason_was_given:
             self._reason_was_given = True
-            _raise(self._job, _take_failure(self._job, self._pool))
+            raise_failure(self._job, take_failure(self._job, self._pool))
         raise StopAsyncIteration
 
     @enable_ki_protection
@@ -511,172 +498,30 @@ class Stream(Generic[K, R]):
                     self._job.absorb_cancellation(group)
         if self._reason_was_given:
             return
-        failure = _take_failure(self._job, self._pool, left_early=True, body_error=exc)
+        failure = take_failure(self._job, self._pool, left_early=True, body_error=exc)
         try:
             if exc is not None and (failure is None or isinstance(failure, Exception)):
-                _add_context(exc, failure)
+                add_context(exc, failure)
             else:
-                _raise(self._job, failure)
+                raise_failure(self._job, failure)
         finally:
             del failure, exc
 
 
-# --- how a call ends ----------------------------------------------------------------------------
+# --- what they share ---------------------------------------------------------------------------
 
 
 async def _run(nursery: trio.Nursery | None, plan: Plan, items: Source[Any]) -> list[Any]:
     await trio.lowlevel.checkpoint_if_cancelled()
     pool = _pool(plan, items)
     job = await join(nursery, pool.run, name=plan.kind)
-    failure = _take_failure(job, pool)
+    failure = take_failure(job, pool)
     try:
         if failure is not None or not pool.is_complete:
-            _raise(job, failure)
+            raise_failure(job, failure)
         return pool.results
     finally:
         del failure
-
-
-def _raise(job: Job[None], failure: BaseException | None) -> None:
-    """Raise *failure*; but if the wait for the job was cancelled, that, with it as context."""
-    try:
-        if failure is not None:
-            raise failure
-    finally:
-        del failure
-        job.raise_if_interrupted()
-
-
-def _take_failure(
-    job: Job[None],
-    pool: Pool,
-    *,
-    left_early: bool = False,
-    body_error: BaseException | None = None,
-) -> BaseException | None:
-    """Return what is to be raised for a job that has ended; the pool keeps no part of it."""
-    failures, pool.failures = pool.failures, {}
-    errors = [error for _, (_, error) in sorted(failures.items())]
-    source_error, pool.error = pool.error, None
-    if job.error is not None:
-        stopper, job.error = job.error, None
-        others = errors if body_error is None else [*errors, body_error]
-        return job.stopped_by(*leaves_of(stopper), *others)
-    if source_error is not None:
-        if not errors:
-            return source_error
-        if not isinstance(source_error, Exception):
-            return job.stopped_by(source_error, *errors)
-        return _group(pool, failures, source_error)
-    if job.was_cancelled and not left_early and not job.was_interrupted:
-        return OperationsCancelledError(errors)
-    return _group(pool, failures) if errors else None
-
-
-def _group(
-    pool: Pool, failures: dict[int, tuple[Any, Exception]], *others: Exception
-) -> OperationsFailedError:
-    for index, (item, error) in failures.items():
-        shown = f": {reprlib.repr(item)}" if pool.plan.is_map else ""
-        add_note_once(error, "operation ", f"{index}{shown}")
-    total = pool.started if pool.size == math.inf else max(int(pool.size), pool.started)
-    errors = [error for _, (_, error) in sorted(failures.items())]
-    group = OperationsFailedError(f"{len(errors)} of {total} operations failed", [*errors, *others])
-    group.outcomes = _outcomes(pool, failures, total)
-    return group
-
-
-def _outcomes(
-    pool: Pool, failures: dict[int, tuple[Any, Exception]], total: int
-) -> list[Outcome[Any] | None]:
-    if pool.outbox is not None:
-        return [Error(error) for _, (_, error) in sorted(failures.items())]
-    outcomes: list[Outcome[Any] | None] = [None] * total
-    for index, result in enumerate(pool.results):
-        if result is not MISSING:
-            outcomes[index] = result if pool.plan.on_error == "collect" else Value(result)
-    for index, (_, error) in failures.items():
-        outcomes[index] = Error(error)
-    return outcomes
-
-
-def _add_context(error: BaseException, context: BaseException | None) -> None:
-    """Make *context* the origin of the chain that a traceback of *error* shows."""
-    while error is not context and error.__context__ is not None:
-        error = error.__context__
-    if error is not context:
-        error.__context__ = context
-
-
-# --- checks at the door -------------------------------------------------------------------------
-
-
-def _plan(
-    kind: str,
-    fn: Callable[[Any], Awaitable[Any]] | None,
-    items: object,
-    max_concurrency: object,
-    queue_size: object,
-    timeout: object,
-    batch_size: object,
-    delay_between_batches: object,
-    policy: object,
-    on_error: OnError,
-    on_done: Callable[[int, Any], object] | None,
-) -> Plan:
-    """Check what the four functions have in common, before anything runs."""
-    if fn is not None:
-        operation("fn", fn)
-    _check_source("ops" if fn is None else "items", items, are_operations=fn is None)
-    prefix: tuple[Callable[..., Any], ...] = () if fn is None else (fn,)
-    if policy is not None:
-        prefix = (_checked_policy(policy).call, *prefix)
-    if on_done is not None:
-        sync_callback("on_done", on_done)
-    plan = Plan(
-        kind=kind,
-        prefix=prefix,
-        max_concurrency=_checked_bound(max_concurrency),
-        timeout=seconds("timeout", timeout),
-        batch_size=None if batch_size is None else integer("batch_size", batch_size, minimum=1),
-        delay_between_batches=seconds("delay_between_batches", delay_between_batches, finite=True),
-        on_error=one_of("on_error", on_error, ("cancel", "continue", "collect")),
-        on_done=on_done,
-        is_map=fn is not None,
-    )
-    if plan.delay_between_batches > 0 and batch_size is None:
-        raise ValueError("`delay_between_batches` needs a `batch_size`")
-    if queue_size is not None:
-        _check_room(plan, items, integer("queue_size", queue_size, minimum=0))
-    return plan
-
-
-def _checked_bound(max_concurrency: object) -> int | trio.CapacityLimiter:
-    if isinstance(max_concurrency, trio.CapacityLimiter):
-        return max_concurrency
-    return integer("max_concurrency", max_concurrency, minimum=1)
-
-
-def _checked_policy(policy: object) -> Policy[object]:
-    if not isinstance(policy, Policy):
-        raise TypeError(f"`policy` must be a policy such as Retry(), got {policy!r}")
-    return cast("Policy[object]", policy)
-
-
-def _check_source(name: str, items: object, *, are_operations: bool) -> None:
-    if inspect.iscoroutine(items):
-        items.close()
-    if not isinstance(items, (Iterable, AsyncIterable)):
-        raise TypeError(f"`{name}` must be an iterable or async iterable, got {items!r}")
-    if are_operations and isinstance(items, (list, tuple)):
-        operations(name, cast("Collection[object]", items))
-
-
-def _check_room(plan: Plan, items: object, queue_size: int) -> None:
-    bound = plan.max_concurrency
-    capacity = queue_size + (bound if isinstance(bound, int) else bound.total_tokens)
-    if isinstance(items, Sized) and len(items) > capacity:
-        raise BulkheadFullError(plan.kind, capacity, len(items))
 
 
 def _pool(plan: Plan, items: Source[Any], outbox: Outbox | None = None) -> Pool:

@@ -164,8 +164,9 @@ async def _unprotected(fn: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
 def _split(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
     """Part *error* into what the nursery must see, its own cancellation, and what it must not."""
     if isinstance(error, BaseExceptionGroup):
-        cancellations, rest = cast("BaseExceptionGroup[BaseException]", error).split(trio.Cancelled)
-        return (None, error) if cancellations is None else (cancellations, rest)
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        cancellations, rest = group.split(trio.Cancelled)
+        return (None, group) if cancellations is None else (cancellations, rest)
     return None, error
 
 

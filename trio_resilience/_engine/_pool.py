@@ -8,10 +8,10 @@ moved to where this operation's time ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from contextvars import Context, ContextVar
 from itertools import chain, islice
-from typing import Any, Final, Literal, TypeAlias, final
+from typing import Any, Final, final
 
 import attrs
 import trio
@@ -27,6 +27,7 @@ from trio_resilience._engine._driver import (
     operation_mark,
 )
 from trio_resilience._engine._outbox import Outbox
+from trio_resilience._engine._plan import Plan
 from trio_resilience._engine._report import report
 from trio_resilience._engine._source import AsyncSource, Pair, close, numbered
 from trio_resilience._engine._traceback import without_our_frames
@@ -38,29 +39,8 @@ from trio_resilience._events import (
     current_subscriptions,
 )
 
-OnError: TypeAlias = Literal["cancel", "continue", "collect"]
-
 MISSING: Final = object()
 """Stands in the results for an operation that has none yet."""
-
-
-@final
-@attrs.frozen(kw_only=True)
-class Plan:
-    """How a pool is to run its operations; every field is checked already."""
-
-    kind: str
-    """The public function's name, for events and messages."""
-    prefix: tuple[Callable[..., Any], ...]
-    """An operation is called as ``prefix[0](*prefix[1:], item)``, or as ``item()``."""
-    max_concurrency: int | trio.CapacityLimiter
-    timeout: float
-    batch_size: int | None
-    delay_between_batches: float
-    on_error: OnError
-    on_done: Callable[[int, Any], object] | None
-    is_map: bool = False
-    """Whether an item is an argument of a function that all share, rather than an operation."""
 
 
 # The calls whose permit of a shared bound the code in this context runs under.
@@ -111,8 +91,8 @@ class Pool:
     _outer: tuple[Pool, ...] = attrs.field(factory=_holders.get, init=False)
 
     def __attrs_post_init__(self) -> None:
+        self.size = len(self.items) if isinstance(self.items, Sized) else math.inf
         items: Any = self.items
-        self.size = len(items) if isinstance(items, Sized) else math.inf
         if hasattr(items, "__anext__"):
             self._async_source = AsyncSource(items, self.abort)
         else:
@@ -230,7 +210,7 @@ class Pool:
         index, deadline = -1, math.inf
         pair: Pair | None
         context: Context | None
-        item: Any
+        item: Any = None
         value: Any
         coro: Any = None
         scope: Any = None

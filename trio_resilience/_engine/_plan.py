@@ -1,0 +1,103 @@
+"""How a call is to run its operations, checked before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterable, Sized
+from typing import Any, Literal, TypeAlias, cast, final
+
+import attrs
+import trio
+
+from trio_resilience._checks import integer, one_of, operation, operations, seconds, sync_callback
+from trio_resilience._engine._policy import Policy
+from trio_resilience._errors import BulkheadFullError
+
+OnError: TypeAlias = Literal["cancel", "continue", "collect"]
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Plan:
+    """How a pool is to run its operations; every field is checked already."""
+
+    kind: str
+    """The public function's name, for events and messages."""
+    prefix: tuple[Callable[..., Any], ...]
+    """An operation is called as ``prefix[0](*prefix[1:], item)``, or as ``item()``."""
+    max_concurrency: int | trio.CapacityLimiter
+    timeout: float
+    batch_size: int | None
+    delay_between_batches: float
+    on_error: OnError
+    on_done: Callable[[int, Any], object] | None
+    is_map: bool = False
+    """Whether an item is an argument of a function that all share, rather than an operation."""
+
+
+def make_plan(
+    kind: str,
+    fn: Callable[[Any], Awaitable[Any]] | None,
+    items: object,
+    max_concurrency: object,
+    queue_size: object,
+    timeout: object,
+    batch_size: object,
+    delay_between_batches: object,
+    policy: object,
+    on_error: OnError,
+    on_done: Callable[[int, Any], object] | None,
+) -> Plan:
+    """Check what the four functions have in common, before anything runs."""
+    if fn is not None:
+        operation("fn", fn)
+    _check_source("ops" if fn is None else "items", items, are_operations=fn is None)
+    prefix: tuple[Callable[..., Any], ...] = () if fn is None else (fn,)
+    if policy is not None:
+        prefix = (checked_policy(policy).call, *prefix)
+    if on_done is not None:
+        sync_callback("on_done", on_done)
+    plan = Plan(
+        kind=kind,
+        prefix=prefix,
+        max_concurrency=_checked_bound(max_concurrency),
+        timeout=seconds("timeout", timeout),
+        batch_size=None if batch_size is None else integer("batch_size", batch_size, minimum=1),
+        delay_between_batches=seconds("delay_between_batches", delay_between_batches, finite=True),
+        on_error=one_of("on_error", on_error, ("cancel", "continue", "collect")),
+        on_done=on_done,
+        is_map=fn is not None,
+    )
+    if plan.delay_between_batches > 0 and batch_size is None:
+        raise ValueError("`delay_between_batches` needs a `batch_size`")
+    if queue_size is not None:
+        _check_room(plan, items, integer("queue_size", queue_size, minimum=0))
+    return plan
+
+
+def _checked_bound(max_concurrency: object) -> int | trio.CapacityLimiter:
+    if isinstance(max_concurrency, trio.CapacityLimiter):
+        return max_concurrency
+    return integer("max_concurrency", max_concurrency, minimum=1)
+
+
+def checked_policy(policy: object) -> Policy[object]:
+    if not isinstance(policy, Policy):
+        raise TypeError(f"`policy` must be a policy such as Retry(), got {policy!r}")
+    return cast("Policy[object]", policy)
+
+
+def _check_source(name: str, items: object, *, are_operations: bool) -> None:
+    if inspect.iscoroutine(items):
+        items.close()
+    if not isinstance(items, (Iterable, AsyncIterable)):
+        raise TypeError(f"`{name}` must be an iterable or async iterable, got {items!r}")
+    if are_operations and isinstance(items, (list, tuple)):
+        operations(name, cast("Collection[object]", items))
+
+
+def _check_room(plan: Plan, items: object, queue_size: int) -> None:
+    bound = plan.max_concurrency
+    capacity = queue_size + (bound if isinstance(bound, int) else bound.total_tokens)
+    if isinstance(items, Sized) and len(items) > capacity:
+        raise BulkheadFullError(plan.kind, capacity, len(items))
