@@ -36,6 +36,8 @@ PAGES = {
     "ungzip": response("200 OK", b"this is not gzip", "Content-Encoding: gzip"),
     "flaky": response(UNAVAILABLE, b"flaky"),
     "flaky again": response("200 OK", b"flaky"),
+    "sinking": response(UNAVAILABLE, b""),
+    "sinking again": b"",
     "later": response(UNAVAILABLE, b"", "Retry-After: 1"),
     "later again": response("200 OK", b"late"),
     "busy": response("429 Too Many Requests", b"", "Retry-After: 3600"),

@@ -71,6 +71,12 @@ def test_no_path_fails_for_longer_than_the_client_tries(profile: ProfileName) ->
             assert plan.answer(path, MAX_FAULTS_IN_A_ROW + 1).treatment is Treatment.PAGE
 
 
+def test_a_fault_that_one_attempt_meets_the_next_may_not() -> None:
+    plan = FaultPlan("mild", 1)
+    drawn = {tuple(plan.answer(path, n).treatment in PASSING for n in (1, 2)) for path in PATHS}
+    assert drawn == {(False, False), (False, True), (True, False), (True, True)}
+
+
 def test_some_path_does_fail_as_often_in_a_row_as_is_allowed() -> None:
     plan = FaultPlan("harsh", 1)
     runs = [[plan.answer(path, n).treatment in PASSING for n in range(1, 5)] for path in PATHS]

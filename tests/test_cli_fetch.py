@@ -108,6 +108,12 @@ def test_a_body_that_breaks_off_is_tried_as_often_as_is_allowed(
     assert web.counts["/dropped"] == attempts
 
 
+def test_a_status_is_forgotten_when_a_later_attempt_has_none(web: Web, fetch: Fetch) -> None:
+    (line,) = fetch(f"{web.url}/sinking", "--max-attempts", "2", status=1)
+    assert (line["status"], line["attempts"]) == (None, 2)
+    assert line["error"].startswith("RemoteProtocolError: ")
+
+
 def test_a_server_that_is_not_there_is_a_failure(fetch: Fetch) -> None:
     with web_server() as web:
         url = web.url

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
 from trio_resilience._cli import _app, _terminal, main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.mark.parametrize(
@@ -151,6 +156,18 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug_and_shows_as_one(
     forget_the_command_line(monkeypatch, "trio_resilience._cli._app")
     with pytest.raises(ModuleNotFoundError, match="_app"):
         run_as_a_module()
+
+
+def test_a_write_that_is_cut_short_goes_on(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_three(descriptor: int, data: memoryview, write: Callable[..., int] = os.write) -> int:
+        return write(descriptor, data[:3])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write_three)
+        _terminal.write_stdout("one, two, three")
+    assert capfd.readouterr().out == "one, two, three"
 
 
 def test_colour_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ SECONDS = 30
 
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard() -> Generator[None]:
-    """A shell that starts the tests in the background has them ignore Ctrl-C, and their children."""
+    """What a shell starts in the background ignores Ctrl-C, and so do its children."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)

@@ -13,11 +13,12 @@ the operation's frames.
 from __future__ import annotations
 
 import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, ContextVar
 from functools import partial
+from itertools import repeat
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import Any, final
 
 import trio
 
@@ -28,17 +29,22 @@ from trio_resilience._checks import check_awaitable, operation
 class Drive:
     """An awaitable that a worker uses again for each of its operations."""
 
+    __await__: Any
     __next__: Any
     coro: Any
     send: Any
 
-    __slots__ = ("__next__", "coro", "send")
+    __slots__ = ("__await__", "__next__", "coro", "send")
 
     throw = property(attrgetter("coro.throw"))
     close = property(attrgetter("coro.close"))
     # trio follows these two to show where a task is.
     cr_frame = property(attrgetter("coro.cr_frame"))
     cr_await = property(attrgetter("coro.cr_await"))
+
+    def __init__(self) -> None:
+        # What is awaited returns itself; from a C callable, which an endless iterator's step is.
+        self.__await__ = repeat(self).__next__
 
     def load(self, context: Context, coro: Coroutine[Any, Any, Any]) -> None:
         """Make *coro* what the next ``await`` of this object runs, in *context*."""
@@ -50,17 +56,10 @@ class Drive:
         """Let go of the operation that has ended."""
         self.coro = self.send = self.__next__ = None
 
-    def __iter__(self) -> Self:
-        return self
-
-    if TYPE_CHECKING:
-
-        def __await__(self) -> Generator[Any, Any, Any]: ...
-
-    else:
-
-        def __await__(self) -> Self:
-            return self
+    def discard(self) -> None:
+        """Let go of itself too: it is of no further use."""
+        self.unload()
+        self.__await__ = None
 
 
 # What an `async def` returns; `Any`, for a test against it must not narrow the type.

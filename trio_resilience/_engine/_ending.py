@@ -60,7 +60,8 @@ def _group(pool: Pool, failures: Failures, *others: Exception) -> OperationsFail
     for index, (item, error) in failures.items():
         shown = f": {_short.repr(item)}" if pool.plan.is_map else ""
         add_note_once(error, "operation ", f"{index}{shown}")
-    total = pool.started if pool.size == math.inf else max(int(pool.size), pool.started)
+    started = max(pool.started, len(pool.results))
+    total = started if pool.size == math.inf else max(int(pool.size), started)
     errors = [error for _, (_, error) in sorted(failures.items())]
     group = OperationsFailedError(f"{len(errors)} of {total} operations failed", [*errors, *others])
     group.outcomes = _outcomes(pool, failures, total)

@@ -238,7 +238,6 @@ class Pool:
                             if pair is None:
                                 return
                             index, item = pair
-                            self.started = index + 1
                             if is_listed:
                                 results.append(MISSING)
                             if self._spare:
@@ -247,7 +246,10 @@ class Pool:
                             context.run(set_mark, index)
                             if holders is not None:
                                 context.run(_holders.set, holders)
-                            coro = context.run(*prefix, item)  # type: ignore[call-arg]
+                            if prefix:
+                                coro = context.run(*prefix, item)  # type: ignore[call-arg]
+                            else:  # to unpack nothing would cost as much as the call
+                                coro = context.run(item)
                             if type(coro) is not COROUTINE:
                                 coro = as_coroutine(prefix[0] if prefix else item, coro)
                             drive.load(context, coro)
@@ -276,6 +278,7 @@ class Pool:
                     self._failed(index, item, failure)
         finally:
             self._give_back(token)
+            drive.discard()
             if type(coro) is COROUTINE:
                 coro.close()  # it has ended, unless Ctrl-C came before it began
             self._worker_left()
@@ -307,7 +310,9 @@ class Pool:
             if outbox is not None:
                 outbox.free()
             self._leave_queue()
-        elif not isinstance(limiter, int) and not self._queueing:
+            return None
+        self.started = pair[0] + 1
+        if not isinstance(limiter, int) and not self._queueing:
             self._start_worker()
         return pair
 
