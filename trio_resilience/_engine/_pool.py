@@ -246,10 +246,9 @@ class Pool:
                             context.run(set_mark, index)
                             if holders is not None:
                                 context.run(_holders.set, holders)
-                            if prefix:
-                                coro = context.run(*prefix, item)  # type: ignore[call-arg]
-                            else:  # to unpack nothing would cost as much as the call
-                                coro = context.run(item)
+                            # Two spellings: to unpack nothing would cost as much as the call.
+                            call: Any = context.run
+                            coro = call(*prefix, item) if prefix else call(item)
                             if type(coro) is not COROUTINE:
                                 coro = as_coroutine(prefix[0] if prefix else item, coro)
                             drive.load(context, coro)
