@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -208,3 +209,18 @@ def read_terminal(terminal: int) -> str:
     finally:
         os.close(terminal)
     return shown.decode()
+
+
+def test_progress_does_not_tear_lines_that_share_its_terminal(web: Web) -> None:
+    """Every line of JSON can be read whole, as if there were no progress."""
+    urls = [f"{web.url}/ok/{number}" for number in range(20)]
+    terminal, child_side = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "fetch", *urls], env=ENVIRONMENT, stdout=child_side, stderr=child_side
+    )
+    os.close(child_side)
+    shown = read_terminal(terminal)
+    assert process.wait(SECONDS) == 0
+    lines = re.findall(r"\{\"url\".*?\}\r\n", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown))
+    assert {json.loads(line)["url"] for line in lines} == set(urls)
+    assert "fetching" in shown

@@ -156,8 +156,23 @@ def test_no_text_in_a_header_raises(text: str, date: str) -> None:
     assert found is None or found >= 0
 
 
+class Strict:
+    """Headers that can be asked for a few names only."""
+
+    def get(self, name: str) -> str:
+        raise KeyError(name)
+
+
 @pytest.mark.parametrize(
-    "response", [None, 5, Bag(headers=None), Bag(headers=[("Retry-After", "5")]), Bag(headers=5)]
+    "response",
+    [
+        None,
+        5,
+        Bag(headers=None),
+        Bag(headers=[("Retry-After", "5")]),
+        Bag(headers=5),
+        Bag(headers=Strict()),
+    ],
 )
 async def test_a_response_without_headers_is_no_hint(
     autojump_clock: MockClock, response: object

@@ -111,6 +111,25 @@ async def test_distinct_errors_are_not_chained(
     assert depth(caught.value) < 50
 
 
+@forms
+@timed
+async def test_what_the_caller_handles_keeps_its_traceback(
+    autojump_clock: MockClock, form: Any, options: dict[str, Any]
+) -> None:
+    """A call made in an `except` block: that error is the context of all, and not ours to trim."""
+    try:
+        dict[str, int]()["handled"]
+    except KeyError as error:
+        handled, before = error, error.__traceback__
+        with pytest.raises(OSError, match="failure 3") as caught:
+            await form(exactly(**options), Script(errors(3)))
+        assert caught.value.__context__ is handled
+        assert handled.__traceback__ is before is not None
+        # Also when the operation raises that very error.
+        await form(exactly(on=KeyError, **options), Script([handled]))
+        assert handled.__traceback__ is not None
+
+
 class Local:
     """Something that an operation holds, to see whether it is let go."""
 

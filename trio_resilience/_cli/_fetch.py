@@ -28,6 +28,7 @@ from trio_resilience._cli._terminal import (
     cancel_on_interrupt,
     complain,
     progress_bar,
+    set_aside,
     write_stdout_line,
 )
 from trio_resilience._cli._urls import Job, JobSource, find_problem, opened
@@ -178,7 +179,8 @@ class Session:
             self._failed += 1
         if job.problem is not None:
             complain(job.problem)
-        await write_stdout_line(json.dumps(self._record(job, error)))
+        with set_aside(self.progress):
+            await write_stdout_line(json.dumps(self._record(job, error)))
 
     def _record(self, job: Job, error: BaseException | None) -> dict[str, Any]:
         record: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -19,6 +20,8 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from rich.console import RenderableType
 
 EXIT_FAILED: Final = 1
@@ -65,7 +68,6 @@ def render(*parts: RenderableType) -> str:
 def progress_bar() -> Progress:
     """Return a progress display on stderr, which shows itself only if that is a terminal."""
     console = Console(stderr=True)
-    # On the same terminal, lines on stdout would tear the display apart; and they are progress too.
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -78,6 +80,19 @@ def progress_bar() -> Progress:
         disable=not console.is_terminal,
         redirect_stdout=False,
     )
+
+
+@contextmanager
+def set_aside(progress: Progress) -> Generator[None]:
+    """Take the display off the terminal while a line is written to stdout, if that is one too."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    progress.stop()
+    try:
+        yield
+    finally:
+        progress.start()
 
 
 async def cancel_on_interrupt(
