@@ -345,9 +345,7 @@ def test_listeners_hear_of_an_end_for_every_beginning(given: bool) -> None:
     async def victim(world: World, nursery: trio.Nursery | None) -> None:
         with subscribe(world.heard.append):
             ops = [world.fail, world.hang, *world.ops(2)]
-            await run_with_limit(
-                nursery, ops, max_concurrency=2, timeout=1, on_error="collect"
-            )
+            await run_with_limit(nursery, ops, max_concurrency=2, timeout=1, on_error="collect")
         assert len(world.heard) == 2 * 4 + 1
 
     cancel(victim, given=given)

@@ -136,9 +136,7 @@ def test_a_retry_of_refused_results(form: Form, max_attempts: int) -> None:
         async def op() -> int:
             return await world.work(answers.pop(0))
 
-        retry = Retry(
-            max_attempts=max_attempts, retry_result=lambda n: n > 1, backoff=Constant(1)
-        )
+        retry = Retry(max_attempts=max_attempts, retry_result=lambda n: n > 1, backoff=Constant(1))
         world.checks.append(lambda: check_retry(retry, ledger, world))
         await ledger.enter(lambda: form(retry, op))
 

@@ -98,9 +98,7 @@ def test_a_slow_consumer(given: bool, stream_options: Any, shared: bool) -> None
 @given_or_not
 @options
 @asynchronous_or_not
-def test_a_stream_that_is_left_early(
-    given: bool, stream_options: Any, asynchronous: bool
-) -> None:
+def test_a_stream_that_is_left_early(given: bool, stream_options: Any, asynchronous: bool) -> None:
     async def victim(world: World, nursery: trio.Nursery | None) -> None:
         ops = source(world, 9, asynchronous=asynchronous)
         stream = stream_with_limit(nursery, ops, max_concurrency=2, **stream_options)

@@ -318,9 +318,7 @@ async def test_fifty_tasks_share_two_policies(autojump_clock: MockClock) -> None
     assert (statistics.calls, statistics.attempts) == (50, tries.total())
     assert (statistics.recovered, statistics.given_up) == (20, 20)
     assert timeout.statistics().calls == tries.total()
-    assert timeout.statistics().timed_out == sum(
-        min(number % 5, 3) for number in range(0, 50, 2)
-    )
+    assert timeout.statistics().timed_out == sum(min(number % 5, 3) for number in range(0, 50, 2))
 
 
 # --- sums ------------------------------------------------------------------------------------------

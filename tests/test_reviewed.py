@@ -215,6 +215,10 @@ async def test_failures_are_counted_right_whoever_is_faster() -> None:
             await run_with_limit(None, source(), on_error="continue")
         assert caught.value.message == "2 of 3 operations failed"
         assert len(caught.value.outcomes) == 3
+        with pytest.raises(OperationsFailedError, match="2 of 3 operations failed"):
+            async with stream_with_limit(None, source(), on_error="continue") as results:
+                async for _ in results:
+                    pass
 
 
 async def test_a_source_may_not_know_its_own_length() -> None:
@@ -314,22 +318,27 @@ async def test_the_cancellation_of_a_source_is_not_the_callers(
     assert sorted(map(str, leaves(caught.value))) == ["clean-up", "op"]
 
 
-async def test_a_source_that_needs_the_permit_it_is_waited_for_with_does_not_hang(
-    autojump_clock: MockClock,
+@pytest.mark.parametrize("given", [True, False])
+async def test_leaving_a_stream_closes_a_source_with_an_open_nursery(
+    autojump_clock: MockClock, given: bool
 ) -> None:
-    """A call in the source, with the bound of the job that pulls it: told, or done; not silent."""
-    limiter = trio.CapacityLimiter(1)
+    """That its nursery puts our `GeneratorExit` in a group is nothing that the block raises."""
+    closed: list[str] = []
 
     async def source() -> AsyncIterator[Callable[[], Awaitable[None]]]:
-        await run_with_limit(None, [trio.lowlevel.checkpoint], max_concurrency=limiter)
-        yield trio.lowlevel.checkpoint
-
-    with trio.move_on_after(60) as scope:
         try:
-            await run_with_limit(None, source(), max_concurrency=limiter)
-        except RuntimeError as error:
-            assert "for ever" in str(error)  # noqa: PT017 - to succeed is as good
-    assert not scope.cancelled_caught
+            async with trio.open_nursery() as inner:
+                inner.start_soon(trio.sleep_forever)
+                while True:
+                    yield trio.lowlevel.checkpoint
+        finally:
+            closed.append("source")
+
+    async with foreign_nursery() as nursery:
+        async with stream_with_limit(nursery if given else None, source()) as results:
+            async for _ in results:
+                break
+        assert closed == ["source"]
 
 
 async def test_what_an_operation_left_running_holds_no_permit(autojump_clock: MockClock) -> None:

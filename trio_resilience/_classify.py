@@ -139,7 +139,7 @@ def verdict_of(answer: object) -> Verdict:
         return bool(answer)
     if not answer >= 0:  # written this way round so that NaN fails too
         raise ValueError(f"a predicate must return True, False or seconds >= 0, got {answer!r}")
-    return float(answer)
+    return _float(answer)
 
 
 def _flatten(match: object) -> Iterator[Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from datetime import timedelta
 from functools import partial
 from inspect import CO_COROUTINE
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Never, TypeVar, TypeVarTu
 
 import attrs
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from trio_resilience._algorithms._backoff import Backoff, Exponential
 from trio_resilience._algorithms._retry_rule import LongestDelays, RetryRule, Verdict
@@ -34,9 +34,8 @@ from trio_resilience._classify import (
     ErrorMatch,
     retry_after_of,
     transient,
-    verdict_of,
 )
-from trio_resilience._engine._deadline import limit
+from trio_resilience._engine._deadline import Limit
 from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._join import Job, check_nursery, join
 from trio_resilience._engine._policy import Overrides, Policy, open_overrides, overrides
@@ -166,12 +165,12 @@ class Retry(Policy[Never]):
             or the seconds to wait, or a tuple of such. A group of errors does if all its leaves do.
         backoff: how long to wait between attempts; see `Exponential`, `Constant`, `Linear`,
             `Fibonacci`, `Decorrelated`, or any function of a `random.Random` that returns an
-            iterator of seconds.
-        retry_result: a function of the result: does it deserve another try?
+            iterator of seconds, which counts as jittered unless it has a `jitter` of ``"none"``.
+        retry_result: a function of the result that returns whether it deserves another try.
         attempt_timeout: seconds that each attempt may take: its `OperationTimeoutError` is judged
             by *on* like any other error.
         total_timeout: seconds that all of it may take; it stops a running attempt, too, with an
-            `OperationTimeoutError` whose cause is the error of the attempt before.
+            `OperationTimeoutError` whose cause is the last error that an attempt raised.
         max_retry_after: give up when the other side, by a ``retry_after`` or a ``Retry-After``
             header, asks to wait longer than these seconds: to come back sooner makes it worse. A
             shorter wait is the least that the next delay will be.
@@ -205,7 +204,7 @@ class Retry(Policy[Never]):
     max_attempts: int | None = attrs.field(default=3, converter=_most_attempts)
     on: ErrorMatch = transient
     backoff: Backoff = attrs.field(factory=Exponential, validator=_backoff)
-    retry_result: Callable[[Any], Verdict] | None = attrs.field(default=None, validator=_callback)
+    retry_result: Callable[[Any], object] | None = attrs.field(default=None, validator=_callback)
     attempt_timeout: float = attrs.field(default=math.inf, converter=_attempt_timeout)
     total_timeout: float = attrs.field(default=math.inf, converter=_total_timeout)
     max_retry_after: float = attrs.field(default=60.0, converter=_max_retry_after)
@@ -333,33 +332,54 @@ class _Call:
     """What the attempt before raised, without its traceback."""
     _traceback: TracebackType | None = attrs.field(default=None, init=False)
     """The frames of the operation in it; those above them are still running, and hold us."""
+    _handled: Container[int] = attrs.field(default=(), init=False)
+    """What the caller was handling when the attempt began."""
+    _limit: Limit = attrs.field(init=False)
     _began: float = attrs.field(default=0.0, init=False)
     _deadline: float = attrs.field(default=math.inf, init=False)
 
-    @contextmanager
-    def guard(self) -> Generator[None]:
-        """Make one attempt in this block; swallow its failure if there is to be another."""
+    @enable_ki_protection
+    def __enter__(self) -> None:
+        """Begin an attempt, which is the block."""
         self._begin()
-        handled = being_handled()
+        self._handled = being_handled()
         deadline = min(self._began + self.retry.attempt_timeout, self._deadline)
+        self._limit = Limit(deadline, self._expire)
+        self._limit.__enter__()
+
+    @enable_ki_protection
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        """End the attempt; swallow its failure if there is to be another."""
         try:
             try:
-                with limit(deadline, self._expire):
-                    yield
-            except Exception as error:
-                if not self.failed(error):
-                    raise
-                drop_tracebacks(error, handled)
-            else:
+                self._limit.__exit__(exc_type, exc, traceback)
+            except Exception as error:  # it expired; or a group held more than the cancellation
+                if self._swallow(error):
+                    return True
+                raise
+            if exc is None:
                 self._returned()
+                return False
+            if isinstance(exc, Exception):
+                return self._swallow(exc)
+            self._end()
+            return False
         except BaseException:
             self._end()
             raise
+        finally:
+            del exc
 
-    def forget_tracebacks(self) -> None:
-        """Drop those of the attempt before, once its error is no longer being handled."""
-        if self._error is not None:
-            drop_tracebacks(self._error, being_handled())
+    def _swallow(self, error: Exception) -> bool:
+        if self.failed(error):
+            drop_tracebacks(error, self._handled)
+            return True
+        return False
 
     async def wait(self) -> None:
         """Wait until it is time for the next attempt."""
@@ -368,6 +388,11 @@ class _Call:
         except BaseException:
             self._end()
             raise
+
+    def forget_tracebacks(self) -> None:
+        """Drop those of the attempt before, once its error is no longer being handled."""
+        if self._error is not None:
+            drop_tracebacks(self._error, being_handled())
 
     def _end(self) -> None:
         self.is_over, self._error, self._traceback = True, None, None
@@ -421,14 +446,12 @@ class _Call:
 
     def _returned(self) -> None:
         self._finished(None)
-        refused: Verdict = False
-        if self.retry.retry_result is not None and self.result is not _NOTHING:
-            refused = verdict_of(self.retry.retry_result(self.result))
-        if refused is False:
+        is_refused = self.retry.retry_result
+        if is_refused is None or self.result is _NOTHING or not is_refused(self.result):
             self._end()
             self.counts.recovered += self.rule.attempts > 1
             return
-        reason = self._schedule(refused, retry_after_of(self.result, time.time))
+        reason = self._schedule(verdict=True, told=retry_after_of(self.result, time.time))
         if reason:
             self._give_up(reason, None)
             raise RetriesExhaustedError(self.result, self.rule.attempts)
@@ -476,7 +499,7 @@ class _Call:
 
 async def _repeat(call: _Call, fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
     while True:
-        with call.guard():
+        with call:
             call.result = await awaitable(fn, *args)
         if call.is_over:
             return
@@ -497,7 +520,7 @@ class Attempt:
 
     def __init__(self, call: _Call) -> None:
         self._call = call
-        self._guard: AbstractContextManager[None] | None = None
+        self._was_entered = False
         self.has_ended = False
         self.number = call.rule.attempts + 1
         """Which attempt it is, counted from 1."""
@@ -507,10 +530,10 @@ class Attempt:
         self._call.result = value
 
     def __enter__(self) -> Attempt:
-        if self._guard is not None:
+        if self._was_entered:
             raise RuntimeError("an attempt can be entered only once")
-        self._guard = self._call.guard()
-        self._guard.__enter__()
+        self._was_entered = True
+        self._call.__enter__()
         return self
 
     def __exit__(
@@ -518,10 +541,12 @@ class Attempt:
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool | None:
-        assert self._guard is not None
+    ) -> bool:
         self.has_ended = True
-        return self._guard.__exit__(exc_type, exc, traceback)
+        try:
+            return self._call.__exit__(exc_type, exc, traceback)
+        finally:
+            del exc
 
 
 @final

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Never, TypeVar, TypeVarTuple, final
 
 import attrs
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from trio_resilience._checks import label, seconds
-from trio_resilience._engine._deadline import limit
+from trio_resilience._engine._deadline import Limit
 from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._policy import Policy, open_overrides, overrides
 from trio_resilience._engine._report import report
@@ -17,8 +17,10 @@ from trio_resilience._errors import OperationTimeoutError
 from trio_resilience._events import TimedOut
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable
+    from contextlib import AbstractContextManager
     from datetime import timedelta
+    from types import TracebackType
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -79,22 +81,18 @@ class Timeout(Policy[Never]):
     ) -> T:
         """Return the result of ``fn(*args)`` if it arrives in time."""
         operation = label(fn) if name is None else name
-        self._current_counts().calls += 1
+        self._count_call()
         with trio.CancelScope(relative_deadline=self.seconds):
             result: T = await awaitable(fn, *args)
             return result
         raise self._expire(operation)
 
-    @contextmanager
-    def scope(self) -> Generator[trio.CancelScope]:
+    def scope(self) -> AbstractContextManager[trio.CancelScope]:
         """Bound a block of code rather than a function.
 
         The scope may be cancelled by hand: the block then ends without an error.
         """
-        self._current_counts().calls += 1
-        deadline = trio.current_time() + self.seconds
-        with trio.CancelScope() as scope, limit(deadline, lambda: self._expire("block")):
-            yield scope
+        return _Block(self.seconds, self._count_call, lambda: self._expire("block"))
 
     def _expire(self, operation: str) -> OperationTimeoutError:
         self._current_counts().timed_out += 1
@@ -106,6 +104,45 @@ class Timeout(Policy[Never]):
         counts = self._current_counts()
         return TimeoutStatistics(counts.calls, counts.timed_out)
 
+    def _count_call(self) -> None:
+        self._current_counts().calls += 1
+
     def _current_counts(self) -> _Counts:
         mode = overrides() if open_overrides else None
         return self._counts if mode is None else mode.state_of(self, self._counts)
+
+
+@final
+@attrs.define(eq=False)
+class _Block:
+    """A block under a limit, within a scope that the user may cancel by hand."""
+
+    seconds: float
+    on_entry: Callable[[], None]
+    on_expiry: Callable[[], Exception]
+    _by_hand: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+    _limit: Limit = attrs.field(init=False)
+
+    @enable_ki_protection
+    def __enter__(self) -> trio.CancelScope:
+        self._by_hand.__enter__()
+        self.on_entry()
+        self._limit = Limit(trio.current_time() + self.seconds, self.on_expiry)
+        self._limit.__enter__()
+        return self._by_hand
+
+    @enable_ki_protection
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        try:
+            self._limit.__exit__(exc_type, exc, traceback)
+        except BaseException as error:
+            del exc
+            if self._by_hand.__exit__(type(error), error, error.__traceback__):
+                return True
+            raise
+        return self._by_hand.__exit__(exc_type, exc, traceback)

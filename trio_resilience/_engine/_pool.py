@@ -208,15 +208,17 @@ class Pool:
         home, token, drive = task.context, object(), Drive()
         set_mark(None)
         index, deadline = -1, math.inf
-        pair: Pair | None
-        context: Context | None
+        pair: Pair | None = None
+        context: Context | None = None
+        failure: Exception | None = None
         item: Any = None
-        value: Any
+        value: Any = None
         coro: Any = None
         scope: Any = None
+        call: Any = None
         try:
             while not self._stopping:
-                failure: Exception | None = None
+                failure = None
                 try:
                     # One scope for as many operations as end well and in time.
                     with trio.CancelScope() as scope:
@@ -247,7 +249,7 @@ class Pool:
                             if holders is not None:
                                 context.run(_holders.set, holders)
                             # Two spellings: to unpack nothing would cost as much as the call.
-                            call: Any = context.run
+                            call = context.run
                             coro = call(*prefix, item) if prefix else call(item)
                             if type(coro) is not COROUTINE:
                                 coro = as_coroutine(prefix[0] if prefix else item, coro)
@@ -281,6 +283,21 @@ class Pool:
             if type(coro) is COROUTINE:
                 coro.close()  # it has ended, unless Ctrl-C came before it began
             self._worker_left()
+            # The traceback of an error leads back here; from here nothing may lead to the error.
+            del (
+                self,
+                results,
+                prefix,
+                holders,
+                drive,
+                pair,
+                context,
+                failure,
+                item,
+                value,
+                coro,
+                call,
+            )
 
     def _is_gated(self) -> bool:
         return (
