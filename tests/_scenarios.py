@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 import trio
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     Operation = Callable[[], Awaitable[int]]
     Victim = Callable[["World", trio.Nursery | None], Awaitable[object]]
+
+T = TypeVar("T")
 
 PERMITS = 2
 
@@ -81,7 +83,7 @@ class World:
         """Return so many operations, of one or two suspensions each."""
         return [partial(self.work, index, 1 + index % 2) for index in range(number)]
 
-    def source(self, items: Iterable[Any]) -> Iterator[Any]:
+    def source(self, items: Iterable[T]) -> Iterator[T]:
         """Yield *items*, and want to be closed."""
         self.open_sources += 1
         try:
@@ -89,7 +91,7 @@ class World:
         finally:
             self.open_sources -= 1
 
-    async def async_source(self, items: Iterable[Any]) -> AsyncIterator[Any]:
+    async def async_source(self, items: Iterable[T]) -> AsyncIterator[T]:
         """Suspend before each of *items*, in a nursery that is open meanwhile."""
         self.open_sources += 1
         try:

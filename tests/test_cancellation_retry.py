@@ -258,7 +258,9 @@ def test_a_timeout_within_a_retry_within_a_timeout(form: TimeoutForm) -> None:
         outer, ledger = Timeout(2.5), Ledger()
         world.checks.append(lambda: check_timeout(outer, ledger))
         with pytest.raises(OperationTimeoutError):
-            await ledger.enter(lambda: form(outer, lambda: retry.call(inner.call, world.hang)))
+            await ledger.enter(
+                lambda: form(outer, lambda: retry.call(lambda: inner.call(world.hang)))
+            )
         assert inner.statistics().timed_out == 2
 
     cancel(victim)

@@ -55,9 +55,9 @@ def test_a_stream(given: bool, stream_options: Any, asynchronous: bool) -> None:
 def test_a_stream_of_items(given: bool, stream_options: Any) -> None:
     async def victim(world: World, nursery: trio.Nursery | None) -> None:
         async with stream_map_with_limit(
-            nursery, world.work, world.source("abc"), max_concurrency=2, **stream_options
+            nursery, world.work, world.source([3, 2, 1]), max_concurrency=2, **stream_options
         ) as results:
-            assert sorted([item async for item, _ in results]) == ["a", "b", "c"]
+            assert sorted([item async for item, _ in results]) == [1, 2, 3]
 
     cancel(victim, given=given)
 
@@ -206,9 +206,11 @@ def test_another_task_that_consumes(given: bool) -> None:
         async def consume() -> None:
             assert len([each async for each in results]) == 3
 
-        async with stream_with_limit(nursery, world.source(world.ops(3))) as results:
-            async with trio.open_nursery() as consumers:
-                consumers.start_soon(consume)
+        async with (
+            stream_with_limit(nursery, world.source(world.ops(3))) as results,
+            trio.open_nursery() as consumers,
+        ):
+            consumers.start_soon(consume)
 
     cancel(victim, given=given)
 

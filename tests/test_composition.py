@@ -45,7 +45,7 @@ def seconds_left() -> float:
     return round(trio.current_effective_deadline() - trio.current_time(), 6)
 
 
-# --- who sees which deadline -----------------------------------------------------------------------
+# --- who sees which deadline ----------------------------------------------------------------------
 
 
 @given_or_not
@@ -102,7 +102,7 @@ async def test_timeouts_in_a_retry_in_a_timeout(autojump_clock: MockClock) -> No
     watch, heard = Stopwatch(), list[Event]()
 
     with subscribe(heard.append), pytest.raises(OperationTimeoutError) as caught:
-        await outer.call(retry.call, inner.call, trio.sleep, 0.15)
+        await outer.call(retry.call, partial(inner.call, trio.sleep, 0.15))
     assert caught.value.timeout == 0.5
     assert watch.seconds == 0.5
     assert inner.statistics().timed_out >= 3
@@ -134,7 +134,7 @@ async def test_the_total_of_a_retry_ends_a_timeout_inside(autojump_clock: MockCl
     assert caught.value.__cause__.timeout == 0.1
 
 
-# --- cancellation wins -----------------------------------------------------------------------------
+# --- cancellation wins ----------------------------------------------------------------------------
 
 
 async def _in_a_timeout(policy: Timeout, _: Retry) -> None:
@@ -155,7 +155,9 @@ async def _in_an_operation(timeout: Timeout, retry: Retry) -> None:
 
 
 async def _in_a_stream(timeout: Timeout, retry: Retry) -> None:
-    op = partial(timeout.call, trio.sleep)
+    async def op(seconds: float) -> None:
+        await timeout.call(trio.sleep, seconds)
+
     async with stream_map_with_limit(None, op, [math.inf] * 3, timeout=1, policy=retry) as results:
         async for _ in results:
             pass
@@ -195,7 +197,7 @@ async def test_a_cancelled_caller_stops_a_retry_around_a_call(
     assert retry.statistics().attempts == 1
 
 
-# --- bounded concurrency within policies -----------------------------------------------------------
+# --- bounded concurrency within policies ----------------------------------------------------------
 
 
 @given_or_not
@@ -276,7 +278,7 @@ async def test_a_decorated_function_is_an_operation_like_any_other(
     assert timeout.statistics().timed_out == retry.statistics().recovered == 5
 
 
-# --- one policy, many tasks ------------------------------------------------------------------------
+# --- one policy, many tasks -----------------------------------------------------------------------
 
 
 async def test_fifty_tasks_share_two_policies(autojump_clock: MockClock) -> None:
@@ -321,7 +323,7 @@ async def test_fifty_tasks_share_two_policies(autojump_clock: MockClock) -> None
     assert timeout.statistics().timed_out == sum(min(number % 5, 3) for number in range(0, 50, 2))
 
 
-# --- sums ------------------------------------------------------------------------------------------
+# --- sums -----------------------------------------------------------------------------------------
 
 
 @given_or_not

@@ -187,7 +187,7 @@ async def test_the_delay_begins_when_the_batch_is_done(autojump_clock: MockClock
             max_concurrency=limiter,
             batch_size=1,
             delay_between_batches=20,
-            on_done=lambda *_: ended.append(watch.seconds),
+            on_done=lambda _, __: ended.append(watch.seconds),
         )
 
     async with trio.open_nursery() as nursery:
@@ -241,7 +241,7 @@ async def test_a_source_may_not_know_its_own_length() -> None:
     assert await run_with_limit(None, bar(), queue_size=0, max_concurrency=1) == [0, 1, 2]
 
 
-# --- nothing begins after the end ------------------------------------------------------------------
+# --- nothing begins after the end -----------------------------------------------------------------
 
 
 async def test_what_a_source_handed_out_before_a_cancellation_does_not_begin(
@@ -355,7 +355,8 @@ async def test_what_an_operation_left_running_holds_no_permit(autojump_clock: Mo
         async def start_later() -> None:
             nursery.start_soon(later)
 
-        ops = [start_later, *[partial(trio.sleep, 5)] * 3]
+        ops: list[Callable[[], Awaitable[object]]] = [start_later]
+        ops += [partial(trio.sleep, 5)] * 3
         await run_with_limit(None, ops, max_concurrency=limiter)
     assert done == ["later"]
 
@@ -395,7 +396,7 @@ async def test_a_consumer_in_another_task_is_told_that_the_block_has_ended(
         except (trio.ClosedResourceError, StopAsyncIteration) as error:
             heard.append(error)
 
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery:  # noqa: SIM117 - the consumer outlives the block
         async with stream_with_limit(None, [trio.sleep_forever]) as results:
             nursery.start_soon(consume, results)
             await wait_all_tasks_blocked()

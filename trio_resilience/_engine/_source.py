@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextvars import Context
 from functools import partial
-from typing import Any, Self, TypeAlias, final
+from typing import Any, Self, TypeAlias, cast, final
 
 import attrs
 import trio
@@ -19,6 +19,9 @@ Pair: TypeAlias = tuple[int, Any]
 
 # Iterating over these runs no code of a user's, so no context has to be entered for it.
 _PLAIN = (list, tuple, range, str, bytes, set, frozenset, dict)
+
+
+Ours: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 
 
 @final
@@ -90,20 +93,30 @@ class AsyncSource:
         trio.lowlevel.current_task().context = context
         await trio.lowlevel.cancel_shielded_checkpoint()
         try:
-            try:
-                await self._serve()
-            finally:
-                if inspect.isasyncgen(self.items):
-                    await self.items.aclose()
-        except trio.Cancelled:
-            raise
+            await self._serve()
         except BaseException as error:  # noqa: BLE001 - it is raised to the caller as it is
-            self.on_error(error)
+            self._tell(error, trio.Cancelled)
+        try:
+            if inspect.isasyncgen(self.items):
+                await self.items.aclose()
+        except BaseException as error:  # noqa: BLE001 - likewise
+            # A nursery that is open in the generator puts what closes it in a group.
+            self._tell(error, (trio.Cancelled, GeneratorExit))
         finally:
             self.is_exhausted = True
             for task in self._askers:
                 trio.lowlevel.reschedule(task, Value(None))
             self._askers.clear()
+
+    def _tell(self, error: BaseException, ours: Ours) -> None:
+        """Pass on what the source has raised, but not what we have thrown into it."""
+        if isinstance(error, BaseExceptionGroup):
+            group = cast("BaseExceptionGroup[BaseException]", error)
+            thrown, rest = group.split(ours)
+            if rest is not None:
+                self.on_error(group if thrown is None else rest)
+        elif not isinstance(error, ours):
+            self.on_error(error)
 
     @enable_ki_protection
     async def _serve(self) -> None:
