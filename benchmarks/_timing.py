@@ -16,7 +16,7 @@ from benchmarks._runner import Figures
 MICROSECONDS: Final = "µs"
 """Processor time per operation: so what else the machine does counts as little as possible."""
 
-SECONDS_AT_LEAST = 0.1
+SECONDS_AT_LEAST = 0.25
 """A contender that is done sooner runs again."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from statistics import median
 from typing import Final
 
 from benchmarks._runner import Benchmark, Bound, Case, Figures, output_of
@@ -16,8 +15,8 @@ WALL: Final = "ms"
 """From before the import to after it; what the interpreter takes to start is left out."""
 PROCESSOR: Final = "ms of processor"
 
-IMPORTS = 3
-"""How often an interpreter is started afresh for one figure, which is the median."""
+IMPORTS = 5
+"""How often an interpreter is started afresh for one figure, which is the least that was found."""
 
 # Nothing is imported here that would otherwise be part of what is measured.
 _PROGRAM = """
@@ -33,7 +32,7 @@ def import_time(statement: str, count: int) -> Figures:
     """Execute *statement* in so many fresh interpreters, one after the other."""
     program = _PROGRAM.format(statement=statement, wall_name=WALL, processor_name=PROCESSOR)
     found = [output_of([sys.executable, "-c", program]) for _ in range(count)]
-    return {name: median(figures[name] for figures in found) for name in (WALL, PROCESSOR)}
+    return {name: min(figures[name] for figures in found) for name in (WALL, PROCESSOR)}
 
 
 def _case(statement: str) -> Case:

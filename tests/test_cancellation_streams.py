@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = pytest.mark.watchdog(180)
+# The options that a test varies choose among the overloads only as it runs.
+stream_with: Any = stream_with_limit
+stream_map_with: Any = stream_map_with_limit
+
 given_or_not = pytest.mark.parametrize("given", [True, False], ids=["given", "own"])
 options = pytest.mark.parametrize(
     "stream_options",
@@ -41,7 +45,7 @@ def source(world: World, number: int, *, asynchronous: bool) -> Any:
 def test_a_stream(given: bool, stream_options: Any, asynchronous: bool) -> None:
     async def victim(world: World, nursery: trio.Nursery | None) -> None:
         ops = source(world, 4, asynchronous=asynchronous)
-        stream = stream_with_limit(nursery, ops, max_concurrency=2, **stream_options)
+        stream = stream_with(nursery, ops, max_concurrency=2, **stream_options)
         async with stream as results:
             got = [index async for index, _ in results]
         assert sorted(got) == [0, 1, 2, 3]
@@ -54,9 +58,9 @@ def test_a_stream(given: bool, stream_options: Any, asynchronous: bool) -> None:
 @options
 def test_a_stream_of_items(given: bool, stream_options: Any) -> None:
     async def victim(world: World, nursery: trio.Nursery | None) -> None:
-        async with stream_map_with_limit(
-            nursery, world.work, world.source([3, 2, 1]), max_concurrency=2, **stream_options
-        ) as results:
+        items = world.source([3, 2, 1])
+        stream = stream_map_with(nursery, world.work, items, max_concurrency=2, **stream_options)
+        async with stream as results:
             assert sorted([item async for item, _ in results]) == [1, 2, 3]
 
     cancel(victim, given=given)
@@ -68,7 +72,7 @@ def test_a_stream_of_items(given: bool, stream_options: Any) -> None:
 def test_a_bound_that_others_share(given: bool, stream_options: Any, asynchronous: bool) -> None:
     async def victim(world: World, nursery: trio.Nursery | None) -> None:
         ops = source(world, 3, asynchronous=asynchronous)
-        stream = stream_with_limit(nursery, ops, max_concurrency=world.limiter, **stream_options)
+        stream = stream_with(nursery, ops, max_concurrency=world.limiter, **stream_options)
         async with stream as results:
             assert sorted([index async for index, _ in results]) == [0, 1, 2]
 
@@ -83,7 +87,7 @@ def test_a_slow_consumer(given: bool, stream_options: Any, shared: bool) -> None
 
     async def victim(world: World, nursery: trio.Nursery | None) -> None:
         bound, taken = world.limiter if shared else PERMITS, 0
-        stream = stream_with_limit(
+        stream = stream_with(
             nursery, world.source(world.ops(4)), max_concurrency=bound, **stream_options
         )
         async with stream as results:
@@ -101,7 +105,7 @@ def test_a_slow_consumer(given: bool, stream_options: Any, shared: bool) -> None
 def test_a_stream_that_is_left_early(given: bool, stream_options: Any, asynchronous: bool) -> None:
     async def victim(world: World, nursery: trio.Nursery | None) -> None:
         ops = source(world, 9, asynchronous=asynchronous)
-        stream = stream_with_limit(nursery, ops, max_concurrency=2, **stream_options)
+        stream = stream_with(nursery, ops, max_concurrency=2, **stream_options)
         async with stream as results:
             async for _ in results:
                 await pause()
@@ -117,7 +121,7 @@ def test_a_stream_that_is_left_early(given: bool, stream_options: Any, asynchron
 def test_a_body_that_raises(given: bool, stream_options: Any, asynchronous: bool) -> None:
     async def victim(world: World, nursery: trio.Nursery | None) -> None:
         ops = source(world, 9, asynchronous=asynchronous)
-        stream = stream_with_limit(nursery, ops, max_concurrency=world.limiter, **stream_options)
+        stream = stream_with(nursery, ops, max_concurrency=world.limiter, **stream_options)
         async with stream as results:
             async for _ in results:
                 await pause()
@@ -141,9 +145,7 @@ def test_a_body_that_takes_nothing(given: bool) -> None:
 def test_operations_that_fail(given: bool, stream_options: Any, on_error: Any) -> None:
     async def victim(world: World, nursery: trio.Nursery | None) -> None:
         ops = world.source([*world.ops(1), world.fail, *world.ops(2)])
-        stream = stream_with_limit(
-            nursery, ops, max_concurrency=2, on_error=on_error, **stream_options
-        )
+        stream = stream_with(nursery, ops, max_concurrency=2, on_error=on_error, **stream_options)
         async with stream as results:
             async for _ in results:
                 await pause()
@@ -156,7 +158,7 @@ def test_operations_that_fail(given: bool, stream_options: Any, on_error: Any) -
 def test_failures_that_are_collected(given: bool, stream_options: Any) -> None:
     async def victim(world: World, nursery: trio.Nursery | None) -> None:
         ops = world.source([world.fail, world.hang, *world.ops(1)])
-        stream = stream_with_limit(
+        stream = stream_with(
             nursery, ops, max_concurrency=2, timeout=1, on_error="collect", **stream_options
         )
         async with stream as results:

@@ -102,7 +102,7 @@ async def test_timeouts_in_a_retry_in_a_timeout(autojump_clock: MockClock) -> No
     watch, heard = Stopwatch(), list[Event]()
 
     with subscribe(heard.append), pytest.raises(OperationTimeoutError) as caught:
-        await outer.call(retry.call, partial(inner.call, trio.sleep, 0.15))
+        await outer.call(lambda: retry.call(inner.call, trio.sleep, 0.15))
     assert caught.value.timeout == 0.5
     assert watch.seconds == 0.5
     assert inner.statistics().timed_out >= 3

@@ -76,7 +76,7 @@ def sync_callback(name: str, value: object) -> None:
     """Refuse what can't be called, and an async function where a plain one is called."""
     if not callable(value):
         raise TypeError(f"`{name}` must be a function, got {value!r}")
-    if _is_async(value):
+    if is_async(value):
         raise TypeError(f"`{name}` must be a plain function, not an async one, got {value!r}")
 
 
@@ -177,8 +177,8 @@ def _may_return_awaitable(fn: types.FunctionType) -> bool:
         or _has_async_flag(fn)
         or "Awaitable" in returns
         or "Coroutine" in returns
-        or _is_async(getattr(fn, "__wrapped__", None))
-        or any(callable(content) and _is_async(content) for content in cells)
+        or is_async(getattr(fn, "__wrapped__", None))
+        or any(callable(content) and is_async(content) for content in cells)
     )
 
 
@@ -187,7 +187,8 @@ def _has_async_flag(fn: object) -> bool:
     return code is not None and bool(code.co_flags & _ASYNC_DEF)
 
 
-def _is_async(fn: object) -> bool:
+def is_async(fn: object) -> bool:
+    """Tell whether *fn* is known to return an awaitable."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)

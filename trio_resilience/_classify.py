@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any, TypeAlias, cast, final
 import attrs
 
 from trio_resilience._algorithms._retry_rule import Verdict
+from trio_resilience._checks import is_async
 from trio_resilience._errors import (
     CallAbandonedError,
     ConfigError,
@@ -155,7 +155,7 @@ def _is_error_type(part: object) -> bool:
 
 
 def _is_predicate(part: object) -> bool:
-    return callable(part) and not isinstance(part, type) and not inspect.iscoroutinefunction(part)
+    return callable(part) and not isinstance(part, type) and not is_async(part)
 
 
 # --- what an HTTP response says -----------------------------------------------------------------

@@ -423,8 +423,9 @@ class Stream(Generic[K, R]):
             capacity=(
                 (lambda: bound + buffer)
                 if isinstance(bound, int)
-                else (lambda: max(1, bound.total_tokens) + buffer)
+                else (lambda: bound.total_tokens + buffer)
             ),
+            buffer=buffer,
             ordered=flag("ordered", ordered),
         )
         self._own_nursery: Any = None
@@ -470,6 +471,8 @@ class Stream(Generic[K, R]):
         if result is not ENDED:
             pair: tuple[K, R] = result
             return pair
+        if not self._is_open:
+            raise trio.ClosedResourceError("the block of this stream has ended")
         assert self._job is not None
         assert self._pool is not None
         if not self._reason_was_given:

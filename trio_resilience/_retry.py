@@ -238,13 +238,15 @@ class Retry(Policy[Never]):
         # The usual case, a success at the first attempt, is spared all that others need.
         if type(fn) is not FunctionType or not fn.__code__.co_flags & CO_COROUTINE:
             operation("fn", fn)
-        self._counts.calls += 1
         pending: Any = fn
+        self._counts.calls += 1
         try:
             result = await (pending := fn(*args))
         except Exception as error:
             if isinstance(error, TypeError):
+                self._counts.calls -= 1  # a mistake is no call
                 _refuse(fn, pending)
+                self._counts.calls += 1
             call = self._start(fn, name)
             call.rule.attempts = 1
             if not call.failed(error):
@@ -423,6 +425,8 @@ class _Call:
         """Say whether there is to be another attempt after *error*, and in how many seconds."""
         if isinstance(error, NotAnOperationError):
             self._end()
+            self.counts.calls -= 1
+            self.counts.repeats -= self.rule.attempts - 1
             return False
         self._finished(error)
         if self.is_over:

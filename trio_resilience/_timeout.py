@@ -8,7 +8,7 @@ import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from trio_resilience._checks import label, seconds
+from trio_resilience._checks import NotAnOperationError, label, seconds
 from trio_resilience._engine._deadline import Limit
 from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._policy import Policy, open_overrides, overrides
@@ -82,9 +82,13 @@ class Timeout(Policy[Never]):
         """Return the result of ``fn(*args)`` if it arrives in time."""
         operation = label(fn) if name is None else name
         self._count_call()
-        with trio.CancelScope(relative_deadline=self.seconds):
-            result: T = await awaitable(fn, *args)
-            return result
+        try:
+            with trio.CancelScope(relative_deadline=self.seconds):
+                result: T = await awaitable(fn, *args)
+                return result
+        except NotAnOperationError:
+            self._current_counts().calls -= 1
+            raise
         raise self._expire(operation)
 
     def scope(self) -> AbstractContextManager[trio.CancelScope]:

@@ -26,6 +26,7 @@ class Outbox:
     """
 
     capacity: Callable[[], float]
+    buffer: int
     ordered: bool
     _places: int = attrs.field(default=0, init=False)
     _ready: deque[Any] = attrs.field(factory=deque[Any], init=False)
@@ -39,11 +40,15 @@ class Outbox:
     @enable_ki_protection
     async def reserve(self) -> None:
         """Take a place for an operation that is about to start; wait until there is one."""
-        while self._places >= self.capacity():
+        while self._places >= self.capacity() and self._waits_for_consumer():
             task = trio.lowlevel.current_task()
             self._stalled.append(task)
             await trio.lowlevel.wait_task_rescheduled(self._abort_stalled(task))
         self._places += 1
+
+    def _waits_for_consumer(self) -> bool:
+        # Otherwise the operations are what is waited for, and what bounds those is another matter.
+        return len(self._ready) + len(self._early) > self.buffer
 
     def _abort_stalled(self, task: Task) -> Callable[[object], Abort]:
         def abort(_: object) -> Abort:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterable, Sized
+import math
+from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterable
 from typing import Any, Literal, TypeAlias, cast, final
 
 import attrs
@@ -11,6 +12,7 @@ import trio
 
 from trio_resilience._checks import integer, one_of, operation, operations, seconds, sync_callback
 from trio_resilience._engine._policy import Policy
+from trio_resilience._engine._source import size_of
 from trio_resilience._errors import BulkheadFullError
 
 OnError: TypeAlias = Literal["cancel", "continue", "collect"]
@@ -99,5 +101,6 @@ def _check_source(name: str, items: object, *, are_operations: bool) -> None:
 def _check_room(plan: Plan, items: object, queue_size: int) -> None:
     bound = plan.max_concurrency
     capacity = queue_size + (bound if isinstance(bound, int) else bound.total_tokens)
-    if isinstance(items, Sized) and len(items) > capacity:
-        raise BulkheadFullError(plan.kind, capacity, len(items))
+    size = size_of(items)
+    if capacity < size < math.inf:
+        raise BulkheadFullError(plan.kind, capacity, size)

@@ -8,8 +8,8 @@ moved to where this operation's time ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sized
-from contextvars import Context, ContextVar
+from collections.abc import Iterator
+from contextvars import Context, ContextVar, copy_context
 from itertools import chain, islice
 from typing import Any, Final, final
 
@@ -23,13 +23,12 @@ from trio_resilience._engine._driver import (
     COROUTINE,
     Drive,
     as_coroutine,
-    awaitable,
     operation_mark,
 )
 from trio_resilience._engine._outbox import Outbox
 from trio_resilience._engine._plan import Plan
 from trio_resilience._engine._report import report
-from trio_resilience._engine._source import AsyncSource, Pair, close, numbered
+from trio_resilience._engine._source import PLAIN, AsyncSource, Pair, close, numbered, size_of
 from trio_resilience._engine._traceback import without_our_frames
 from trio_resilience._errors import OperationTimeoutError
 from trio_resilience._events import (
@@ -43,8 +42,17 @@ MISSING: Final = object()
 """Stands in the results for an operation that has none yet."""
 
 
-# The calls whose permit of a shared bound the code in this context runs under.
-_holders: ContextVar[tuple[Pool, ...]] = ContextVar("holders", default=())
+@final
+@attrs.define(eq=False)
+class _Permit:
+    """A permit of a bound that calls share; it is its own borrower."""
+
+    limiter: trio.CapacityLimiter
+    is_held: bool = True
+
+
+# The permits that the code in this context runs under, those of enclosing calls included.
+_held_here: ContextVar[tuple[_Permit, ...]] = ContextVar("held_here", default=())
 
 
 @final
@@ -75,23 +83,28 @@ class Pool:
     _pairs: Iterator[Pair] = attrs.field(init=False)
     _async_source: AsyncSource | None = attrs.field(default=None, init=False)
     _peeked: Pair | None = attrs.field(default=None, init=False)
-    _quota: float = attrs.field(default=math.inf, init=False)
-    """How many more operations this batch may pull from an async source."""
+    """The first operation of the next batch, once it is pulled."""
+    _left: float = attrs.field(default=math.inf, init=False)
+    """How many more operations this batch may begin; infinity if only the source can tell."""
     _stopping: bool = attrs.field(default=False, init=False)
     _nursery: trio.Nursery = attrs.field(init=False)
     _supervisor: Task | None = attrs.field(default=None, init=False)
     """The supervising task while it waits for the workers."""
+    _clean: Context = attrs.field(factory=copy_context, init=False)
+    """What new workers start in, so that they inherit nothing from operations."""
     _workers: int = attrs.field(default=0, init=False)
     _spare: int = attrs.field(default=0, init=False)
     """How many more workers may be started in this batch, as operations turn up."""
-    _permits: set[object] = attrs.field(factory=set[object], init=False)
-    """Tokens of our workers that hold a permit of a shared bound."""
-    _queueing: set[trio.CancelScope] = attrs.field(factory=set[trio.CancelScope], init=False)
-    """A scope around each of our workers that waits for such a permit."""
-    _outer: tuple[Pool, ...] = attrs.field(factory=_holders.get, init=False)
+    _permits: set[_Permit] = attrs.field(factory=set[_Permit], init=False)
+    """Those of a shared bound that our workers hold."""
+    _has_seeker: bool = attrs.field(default=False, init=False)
+    """Whether a worker waits for a shared bound, or for what the next operation needs besides."""
+    _outer: tuple[_Permit, ...] = attrs.field(factory=_held_here.get, init=False)
+    _began: dict[int, float] = attrs.field(factory=dict[int, float], init=False)
+    """When running operations began, while somebody listens."""
 
     def __attrs_post_init__(self) -> None:
-        self.size = len(self.items) if isinstance(self.items, Sized) else math.inf
+        self.size = size_of(self.items)
         items: Any = self.items
         if hasattr(items, "__anext__"):
             self._async_source = AsyncSource(items, self.abort)
@@ -110,8 +123,8 @@ class Pool:
                 await self._run_batches()
                 self.is_complete = not self._stopping
         finally:
-            for token in tuple(self._permits):
-                self._give_back(token)
+            for permit in tuple(self._permits):
+                self._give_back(permit)
             try:
                 close(self.items, self.caller)
             except BaseException as error:  # noqa: BLE001 - the source's clean-up is the source's error
@@ -120,19 +133,17 @@ class Pool:
     async def _run_batches(self) -> None:
         size = self.plan.batch_size
         if size is None:
-            await self._run_batch(math.inf)
+            await self._run_batch(self.size if type(self.items) in PLAIN else math.inf)
             return
-        rest = None if self._async_source is not None else self._pairs
+        rest = None if self._is_gated() else self._pairs
         while await self._peek():
             if rest is not None:
                 assert self._peeked is not None
                 self._pairs = chain((self._peeked,), islice(rest, size - 1))
                 self._peeked = None
-            self._quota = size - 1
             await self._run_batch(size)
             if rest is not None:
                 self._pairs = rest
-            self._quota = 1
             if await self._peek():
                 await trio.sleep(self.plan.delay_between_batches)
 
@@ -148,7 +159,8 @@ class Pool:
         return self._peeked is not None
 
     async def _run_batch(self, size: float) -> None:
-        limit = self.plan.max_concurrency
+        """Run the operations of one batch; *size* is how many there may be."""
+        self._left, limit = size, self.plan.max_concurrency
         if isinstance(limit, int):
             useful = int(min(limit, self.size, size))
             # Of unknown length: begin with one and let every worker that finds work start two more.
@@ -172,7 +184,8 @@ class Pool:
     @enable_ki_protection
     def _start_worker(self) -> None:
         self._workers += 1
-        self._nursery.start_soon(self._work, name=f"{self.plan.kind} worker")
+        start: Any = self._nursery.start_soon
+        self._clean.copy().run(start, self._work, name=f"{self.plan.kind} worker")
 
     @enable_ki_protection
     def _worker_left(self) -> None:
@@ -199,13 +212,15 @@ class Pool:
         plan, caller, results = self.plan, self.caller, self.results
         pairs = None if self._is_gated() else self._pairs
         is_listed = self.outbox is None
-        is_plain = is_listed and plan.on_error != "collect" and plan.on_done is None
+        is_heard = bool(current_subscriptions())
+        is_plain = (
+            not is_heard and is_listed and plan.on_error != "collect" and plan.on_done is None
+        )
         timeout, is_timed = plan.timeout, plan.timeout < math.inf
-        prefix = (self._run_reported, *plan.prefix) if current_subscriptions() else plan.prefix
-        holders = None if isinstance(plan.max_concurrency, int) else (*self._outer, self)
+        prefix, permit = plan.prefix, None
         now, set_mark, get_mark = trio.current_time, operation_mark.set, operation_mark.get
         task = trio.lowlevel.current_task()
-        home, token, drive = task.context, object(), Drive()
+        home, drive = task.context, Drive()
         set_mark(None)
         index, deadline = -1, math.inf
         pair: Pair | None = None
@@ -231,7 +246,7 @@ class Pool:
                                     pair = item = value = context = coro = None
                                     drive.unload()
                                     task.context, scope.deadline = home, math.inf
-                                    pair = await self._admit(token)
+                                    pair, permit = await self._admit(permit)
                             except trio.Cancelled:
                                 raise
                             except BaseException as error:  # noqa: BLE001 - comes out as it is
@@ -240,14 +255,16 @@ class Pool:
                             if pair is None:
                                 return
                             index, item = pair
-                            if is_listed:
+                            if is_listed and pairs is not None:
                                 results.append(MISSING)
                             if self._spare:
                                 self._grow()
                             context = caller.copy()
                             context.run(set_mark, index)
-                            if holders is not None:
-                                context.run(_holders.set, holders)
+                            if permit is not None:
+                                context.run(_held_here.set, (*self._outer, permit))
+                            if is_heard:
+                                self._report_start(index, item)
                             # Two spellings: to unpack nothing would cost as much as the call.
                             call = context.run
                             coro = call(*prefix, item) if prefix else call(item)
@@ -278,26 +295,15 @@ class Pool:
                         await trio.lowlevel.cancel_shielded_checkpoint()
                     self._failed(index, item, failure)
         finally:
-            self._give_back(token)
+            self._give_back(permit)
             drive.discard()
             if type(coro) is COROUTINE:
                 coro.close()  # it has ended, unless Ctrl-C came before it began
+            if is_heard:
+                self._report_end(index, item, None, cancelled=True)
             self._worker_left()
             # The traceback of an error leads back here; from here nothing may lead to the error.
-            del (
-                self,
-                results,
-                prefix,
-                holders,
-                drive,
-                pair,
-                context,
-                failure,
-                item,
-                value,
-                coro,
-                call,
-            )
+            del self, results, drive, pair, context, failure, item, value, coro, call
 
     def _is_gated(self) -> bool:
         return (
@@ -313,23 +319,48 @@ class Pool:
             self._start_worker()
 
     @enable_ki_protection
-    async def _admit(self, token: object) -> Pair | None:
-        """Wait for whatever bounds the start of an operation, then pull it."""
-        self._give_back(token)
-        outbox, limiter = self.outbox, self.plan.max_concurrency
-        if outbox is not None:
-            await outbox.reserve()
-        pair = None
-        if isinstance(limiter, int) or await self._take_permit(limiter, token):
-            pair = await self._pull()
+    async def _admit(self, done: _Permit | None) -> tuple[Pair | None, _Permit | None]:
+        """Give back the permit of what is *done*; wait for what the next operation needs; pull it.
+
+        Under a shared bound one worker at a time seeks. So the call has one place in the limiter's
+        line, and a slow source, or consumer, keeps no more than one permit from others.
+        """
+        self._give_back(done)
+        if isinstance(self.plan.max_concurrency, int):
+            return await self._seek(), None
+        if self._has_seeker:
+            return None, None
+        self._has_seeker = True
+        try:
+            permit = await self._take_permit(self.plan.max_concurrency) if self._left > 0 else None
+            pair = None if permit is None else await self._seek()
+        finally:
+            self._has_seeker = False
         if pair is None:
-            if outbox is not None:
-                outbox.free()
-            self._leave_queue()
-            return None
-        self.started = pair[0] + 1
-        if not isinstance(limiter, int) and not self._queueing:
+            self._give_back(permit)
+            return None, None
+        if self._left > 0:
             self._start_worker()
+        return pair, permit
+
+    async def _seek(self) -> Pair | None:
+        if self.outbox is not None:
+            await self.outbox.reserve()
+        pair = None
+        if self._left > 0 and not self._stopping:
+            self._left -= 1
+            pair = await self._pull()
+        if pair is None or self._stopping:
+            # Whoever comes after this has nothing to wait for either.
+            self._left = 0
+            if self.outbox is not None:
+                self.outbox.free()
+            return None
+        index = pair[0]
+        self.started = max(self.started, index + 1)
+        if self.outbox is None:
+            # Those whom an async source has served at once may come in any order.
+            self.results.extend([MISSING] * (index + 1 - len(self.results)))
         return pair
 
     @disable_ki_protection
@@ -339,55 +370,39 @@ class Pool:
             return pair
         if self._async_source is None:
             return next(self._pairs, None)
-        if self._quota < 1:
-            return None
-        self._quota -= 1
         return await self._async_source.next()
 
-    @enable_ki_protection
-    async def _take_permit(self, limiter: trio.CapacityLimiter, token: object) -> bool:
-        """Take a permit for *token*; false if the source ran out while this waited in line."""
+    async def _take_permit(self, limiter: trio.CapacityLimiter) -> _Permit:
+        permit = _Permit(limiter)
         try:
-            limiter.acquire_on_behalf_of_nowait(token)
+            limiter.acquire_on_behalf_of_nowait(permit)
         except trio.WouldBlock:
             self._refuse_deadlock(limiter)
-            with trio.CancelScope() as scope:
-                self._queueing.add(scope)
-                try:
-                    await limiter.acquire_on_behalf_of(token)
-                finally:
-                    self._queueing.discard(scope)
-            if scope.cancelled_caught:
-                return False
-        self._permits.add(token)
-        return not self._stopping
-
-    def _leave_queue(self) -> None:
-        for scope in self._queueing:
-            scope.cancel()
+            await limiter.acquire_on_behalf_of(permit)
+        self._permits.add(permit)
+        return permit
 
     def _refuse_deadlock(self, limiter: trio.CapacityLimiter) -> None:
-        # While another worker of this call holds a permit, this one's turn will come.
-        if not (self._permits or self._queueing) and any(
-            pool.plan.max_concurrency is limiter and pool._permits  # noqa: SLF001
-            for pool in self._outer
+        # While an operation of this call holds a permit, the turn of the next will come.
+        if not self._permits and any(
+            permit.limiter is limiter and permit.is_held for permit in self._outer
         ):
             raise RuntimeError(
                 f"{self.plan.kind} would wait for ever: it waits for a permit of {limiter!r}, of"
                 " which the operation that called it holds one; give it a bound of its own"
-            )
+            ) from None
 
     @enable_ki_protection
-    def _give_back(self, token: object) -> None:
-        if token in self._permits:
-            self._permits.discard(token)
-            limiter = self.plan.max_concurrency
-            assert isinstance(limiter, trio.CapacityLimiter)
-            limiter.release_on_behalf_of(token)
+    def _give_back(self, permit: _Permit | None) -> None:
+        if permit is not None and permit.is_held:
+            permit.is_held = False
+            self._permits.discard(permit)
+            permit.limiter.release_on_behalf_of(permit)
 
     # --- what comes of an operation -------------------------------------------------------------
 
     def _succeeded(self, index: int, item: object, value: object) -> None:
+        self._report_end(index, item, None)
         result = Value(value) if self.plan.on_error == "collect" else value
         self._keep(index, item, result)
         self._tell(index, Value(value))
@@ -395,6 +410,7 @@ class Pool:
     def _failed(self, index: int, item: object, error: Exception) -> None:
         if not self.plan.prefix:
             error = _refusal(index, item) or error
+        self._report_end(index, item, error)
         if isinstance(error, NotAnOperationError):
             self.abort(error)
             return
@@ -432,28 +448,23 @@ class Pool:
     def _name_of(self, item: object) -> str:
         return label(self.plan.prefix[-1] if self.plan.is_map else item)
 
-    async def _run_reported(self, *call: Any) -> object:
-        """Run an operation and tell listeners of its start and its end."""
-        index, began = operation_mark.get(), trio.current_time()
-        where: dict[str, Any] = {
-            "policy": self.plan.kind,
-            "operation": self._name_of(call[-1]),
-            "index": index,
-        }
-        report(OperationStarted, **where)
-        error: Exception | None = None
-        cancelled = True
-        try:
-            result: object = await awaitable(*call)
-            cancelled = False
-        except Exception as failure:
-            error, cancelled = failure, False
-            raise
-        finally:
+    def _report_start(self, index: int, item: object) -> None:
+        self._began[index] = trio.current_time()
+        self._report(OperationStarted, index, item)
+
+    def _report_end(
+        self, index: int, item: object, error: Exception | None, *, cancelled: bool = False
+    ) -> None:
+        began = self._began.pop(index, None)
+        if began is not None:
             duration = trio.current_time() - began
-            report(OperationFinished, **where, duration=duration, error=error, cancelled=cancelled)
-            error = None
-        return result
+            self._report(
+                OperationFinished, index, item, duration=duration, error=error, cancelled=cancelled
+            )
+
+    def _report(self, kind: type[Any], index: int, item: object, **fields: Any) -> None:
+        name = self._name_of(item)
+        report(kind, policy=self.plan.kind, operation=name, index=index, **fields)
 
 
 def _refusal(index: int, item: object) -> NotAnOperationError | None:

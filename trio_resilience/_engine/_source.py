@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sized
 from contextvars import Context
 from functools import partial
 from typing import Any, Self, TypeAlias, cast, final
@@ -18,7 +19,7 @@ Pair: TypeAlias = tuple[int, Any]
 """An operation, or the item that it is made for, and its number."""
 
 # Iterating over these runs no code of a user's, so no context has to be entered for it.
-_PLAIN = (list, tuple, range, str, bytes, set, frozenset, dict)
+PLAIN = (list, tuple, range, str, bytes, set, frozenset, dict)
 
 
 Ours: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
@@ -40,7 +41,15 @@ class _InContext:
 def numbered(items: Iterable[object], context: Context) -> Iterator[Pair]:
     """Return the items with their numbers; whatever code yields them runs in *context*."""
     iterator = iter(items)
-    return enumerate(iterator if type(items) in _PLAIN else _InContext(context, iterator))
+    return enumerate(iterator if type(items) in PLAIN else _InContext(context, iterator))
+
+
+def size_of(items: object) -> float:
+    """Return how many *items* there are, or infinity if they don't know it themselves."""
+    try:
+        return len(items) if isinstance(items, Sized) else math.inf
+    except TypeError:  # progress bars around a generator have a length that fails
+        return math.inf
 
 
 def close(items: object, context: Context) -> None:
