@@ -383,6 +383,47 @@ async def test_a_bound_that_is_widened_speeds_up_a_stream_at_once(
     assert first_at == 2
 
 
+async def test_a_stream_that_waits_for_its_consumer_keeps_no_permit(
+    autojump_clock: MockClock,
+) -> None:
+    """Else the body of the block could not use the bound that its operations share with it."""
+    limiter, taken = trio.CapacityLimiter(1), 0
+    ops = [trio.lowlevel.checkpoint] * 4
+    with trio.move_on_after(60):
+        async with stream_with_limit(None, ops, max_concurrency=limiter) as results:
+            async for _ in results:
+                await trio.sleep(1)  # meanwhile, the next result has come to wait
+                assert limiter.borrowed_tokens == 0
+                async with limiter:
+                    taken += 1
+    assert taken == 4
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_list_that_grows_meanwhile_is_run_to_its_end(
+    autojump_clock: MockClock, shared: bool, streamed: bool
+) -> None:
+    """Operations may add others, as in a loop over a list, whatever bounds them."""
+    ops: list[Callable[[], Awaitable[None]]] = []
+    done: list[int] = []
+
+    async def op(index: int) -> None:
+        if index < 3:
+            ops.append(partial(op, index + 1))
+        await trio.lowlevel.checkpoint()
+        done.append(index)
+
+    ops.append(partial(op, 0))
+    bound = trio.CapacityLimiter(2) if shared else 2
+    if streamed:
+        async with stream_with_limit(None, ops, max_concurrency=bound) as results:
+            assert [index async for index, _ in results] == [0, 1, 2, 3]
+    else:
+        await run_with_limit(None, ops, max_concurrency=bound)
+    assert done == [0, 1, 2, 3]
+
+
 async def test_a_consumer_in_another_task_is_told_that_the_block_has_ended(
     autojump_clock: MockClock,
 ) -> None:

@@ -12,16 +12,16 @@ CLI_PACKAGES: Final = {"cyclopts", "h11", "httpx2", "rich"}
 
 try:
     from trio_resilience._cli import main
-except ModuleNotFoundError as error:
-    missing = (error.name or "").partition(".")[0]
-    if missing not in CLI_PACKAGES:
+except ModuleNotFoundError as _error:
+    _missing = (_error.name or "").partition(".")[0]
+    if _missing not in CLI_PACKAGES:
         raise
 
     def main(arguments: Sequence[str] | None = None) -> int:  # noqa: ARG001 - the other one's
         """Say what to install."""
         sys.stderr.write(
             'trio_resilience: the command line needs the extra: pip install "trio_resilience[cli]"'
-            f" (no module named {missing})\n"
+            f" (no module named {_missing})\n"
         )
         return 2
 

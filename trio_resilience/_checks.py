@@ -9,7 +9,7 @@ import numbers
 import types
 from collections.abc import Awaitable, Iterable
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 WordT = TypeVar("WordT", bound=str)
 
@@ -107,7 +107,9 @@ def operations(name: str, fns: Iterable[object]) -> None:
     """Check each of *fns* before any of them runs; close every coroutine object among them."""
     try:
         for index, fn in enumerate(fns):
-            inner = cast("Any", fn).func if type(fn) is functools.partial else fn
+            inner: Any = fn
+            if type(inner) is functools.partial:
+                inner = inner.func
             # The usual case, told in one step: what comes here may be a long list.
             if type(inner) is types.FunctionType and inner.__code__.co_flags & _ASYNC_DEF:
                 continue

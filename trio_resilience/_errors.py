@@ -58,6 +58,8 @@ class RejectedError(ResilienceError):
     that is not known.
     """
 
+    retry_after: float | None
+
     def __init__(self, retry_after: float | None = None) -> None:
         super().__init__(retry_after)
         self.retry_after = retry_after
@@ -68,6 +70,11 @@ class RejectedError(ResilienceError):
 
 class BulkheadFullError(RejectedError):
     """*requested* calls would be running or waiting where there is room for *capacity*."""
+
+    args: tuple[str, float, float, float | None]
+    name: str
+    capacity: float
+    requested: float
 
     def __init__(
         self, name: str, capacity: float, requested: float, retry_after: float | None = None
@@ -97,6 +104,10 @@ class FailureRecord:
 
 class CircuitOpenError(RejectedError):
     """The breaker *name* is open; a probe is allowed after *retry_after* seconds."""
+
+    args: tuple[str, float | None, FailureRecord | None]
+    name: str
+    last_failure: FailureRecord | None
 
     def __init__(
         self,
@@ -128,6 +139,9 @@ class OperationTimeoutError(ResilienceError, trio.TooSlowError):
     It is never raised for a cancellation that came from outside. *timeout* is in seconds.
     """
 
+    timeout: float
+    name: str | None
+
     def __init__(self, timeout: float, name: str | None = None) -> None:
         super().__init__(timeout, name)
         self.timeout = timeout
@@ -139,6 +153,8 @@ class OperationTimeoutError(ResilienceError, trio.TooSlowError):
 
 class CallAbandonedError(ResilienceError):
     """The call did run, and was cancelled because the circuit *name* opened meanwhile."""
+
+    name: str
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -171,6 +187,8 @@ class OperationsCancelledError(ResilienceError):
     *failures* holds what operations raised before or meanwhile, if any of them did.
     """
 
+    failures: tuple[Exception, ...]
+
     def __init__(self, failures: Sequence[Exception] = ()) -> None:
         super().__init__(tuple(failures))
         self.failures = tuple(failures)
@@ -182,6 +200,9 @@ class OperationsCancelledError(ResilienceError):
 
 class RetriesExhaustedError(ResilienceError):
     """Every attempt returned a result that `retry_result` asks to try again."""
+
+    last_result: object
+    attempts: int
 
     def __init__(self, last_result: object, attempts: int) -> None:
         super().__init__(last_result, attempts)
@@ -195,6 +216,8 @@ class RetriesExhaustedError(ResilienceError):
 
 class ConfigError(ResilienceError):
     """The configuration is wrong; *errors* has every mistake, each with its key path."""
+
+    errors: tuple[str, ...]
 
     def __init__(self, errors: Sequence[str]) -> None:
         super().__init__(tuple(errors))

@@ -522,12 +522,15 @@ def _refuse(fn: object, pending: object) -> None:
 class Attempt:
     """One attempt at a block of code: ``with attempt:`` swallows what is to be tried again."""
 
+    number: int
+    """Which attempt it is, counted from 1."""
+    has_ended: bool
+
     def __init__(self, call: _Call) -> None:
         self._call = call
         self._was_entered = False
         self.has_ended = False
         self.number = call.rule.attempts + 1
-        """Which attempt it is, counted from 1."""
 
     def set_result(self, value: object) -> None:
         """Give the block's result to `retry_result`, which may ask for another attempt."""

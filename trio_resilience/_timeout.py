@@ -147,6 +147,6 @@ class _Block:
         except BaseException as error:
             del exc
             if self._by_hand.__exit__(type(error), error, error.__traceback__):
-                return True
+                return True  # noqa: ASYNC104 - the scope decides what it catches, as in any block
             raise
         return self._by_hand.__exit__(exc_type, exc, traceback)
