@@ -155,11 +155,14 @@ async def test_a_timeout_policy_reports_its_expiry(autojump_clock: MockClock) ->
 
 
 async def test_what_was_cancelled_is_not_reported_as_success(autojump_clock: MockClock) -> None:
-    """An `AttemptFinished` without an error would say that it returned."""
+    """The attempt has ended, and neither returned nor raised."""
     listener = Listener()
     with subscribe(listener), trio.move_on_after(1):
         await exactly(attempt_timeout=5).call(trio.sleep_forever)
-    assert listener.kinds == [AttemptStarted]
+    assert listener.kinds == [AttemptStarted, AttemptFinished]
+    finished = listener.heard[-1]
+    assert isinstance(finished, AttemptFinished)
+    assert (finished.cancelled, finished.error, finished.duration) == (True, None, 1)
 
 
 async def test_operations_are_named_after_their_function(autojump_clock: MockClock) -> None:

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
+import outcome
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -457,6 +458,19 @@ def test_an_async_predicate_is_refused_in_every_guise(option: str) -> None:
     options: dict[str, Any] = {option: Predicate()}
     with pytest.raises(TypeError, match=f"`{option}`"):
         Retry(**options)
+
+
+async def test_a_mistake_inside_an_operation_is_that_operations_failure() -> None:
+    """It is not this call that was given something wrong; so it is collected like any error."""
+
+    async def mistaken() -> None:
+        await Retry().call(lambda: 3)  # type: ignore[arg-type, return-value]
+
+    ops: list[Callable[[], Awaitable[object]]] = [mistaken, partial(returns, 7)]
+    failed, ended_well = await run_with_limit(None, ops, on_error="collect")
+    assert isinstance(failed, outcome.Error)
+    assert isinstance(failed.error, TypeError)
+    assert ended_well == outcome.Value(7)
 
 
 async def test_listeners_learn_that_a_timeout_is_a_failure(autojump_clock: MockClock) -> None:

@@ -20,6 +20,10 @@ class NotAnOperationError(TypeError):
     It ends the whole job, as the `TypeError` it is, and is never retried, counted or collected.
     """
 
+    def __init__(self, message: str, fn: object = None) -> None:
+        super().__init__(message)
+        self.fn = fn
+
 
 # --- numbers and words --------------------------------------------------------------------------
 
@@ -94,12 +98,14 @@ def operation(name: str, fn: object) -> None:
     if inspect.isasyncgenfunction(fn):
         raise NotAnOperationError(
             f"`{name}` must be an async function, got the async generator function {label(fn)}:"
-            " call it in an async function, and iterate there"
+            " call it in an async function, and iterate there",
+            fn,
         )
     if _is_known_sync(fn):
         raise NotAnOperationError(
             f"`{name}` must be an async function, got the sync {label(fn)}: make it `async def`,"
-            f" or run it in a thread: functools.partial(trio.to_thread.run_sync, {label(fn)})"
+            f" or run it in a thread: functools.partial(trio.to_thread.run_sync, {label(fn)})",
+            fn,
         )
 
 
@@ -128,10 +134,11 @@ def callable_operation(name: str, fn: object) -> None:
         fn.close()
         raise NotAnOperationError(
             f"`{name}` must be an async function, got a coroutine object: pass the function"
-            f" without calling it, {called}, or functools.partial({called}, ...) with its arguments"
+            f" without calling it, {called}, or functools.partial({called}, ...) with arguments",
+            fn,
         )
     if not callable(fn):
-        raise NotAnOperationError(f"`{name}` must be an async function, got {fn!r}")
+        raise NotAnOperationError(f"`{name}` must be an async function, got {fn!r}", fn)
 
 
 def check_awaitable(fn: object, value: object) -> None:
@@ -139,7 +146,8 @@ def check_awaitable(fn: object, value: object) -> None:
     if not isinstance(value, Awaitable):
         raise NotAnOperationError(
             f"{label(fn)} must be an async function, but it returned {value!r}, which can't be"
-            " awaited"
+            " awaited",
+            fn,
         )
 
 

@@ -147,13 +147,15 @@ async def run_with_limit(
 
     When this returns or raises, everything it started has ended. A failing operation never
     crashes *nursery*: it surfaces here. Cancelling the caller, or Ctrl-C in it, cancels the
-    operations and waits for them, wherever *nursery* lies; so does the caller's deadline.
+    operations and waits for them, wherever *nursery* lies; so does the caller's deadline, as it
+    is when the call begins.
 
     Args:
         nursery: where the work lives: a supervising task is started in it, and the operations run
             beneath that; ``None`` opens a nursery for this call.
         ops: zero-argument async callables: an iterable or async iterable, pulled lazily, in
             order, at most *max_concurrency* ahead of what has finished, in the caller's context.
+            A generator is closed when the call ends.
         max_concurrency: how many run at once; or a `trio.CapacityLimiter`, to share one bound
             between calls: a permit of it is taken before an operation is pulled.
         queue_size: refuse more than ``max_concurrency + queue_size`` of sized *ops* at the door.
@@ -304,9 +306,9 @@ def stream_with_limit(
 ) -> Stream[int, T] | Stream[int, Outcome[T]]:
     """Run operations, *max_concurrency* at a time, and yield ``(index, result)`` as they finish.
 
-    Memory is constant: at most ``max_concurrency + buffer`` operations are running or waiting to
-    be consumed, so a slow consumer slows them down, and an endless iterable is welcome. Leaving
-    the block early cancels the rest and waits for it.
+    Memory is constant, but for failures that wait for the end: at most ``max_concurrency +
+    buffer`` operations are running or waiting to be consumed, so a slow consumer slows them down,
+    and an endless iterable is welcome. Leaving the block early cancels the rest and waits for it.
 
     All is as in `run_with_limit`, and further:
 

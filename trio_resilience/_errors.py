@@ -184,6 +184,7 @@ class OperationsFailedError(ResilienceError, ExceptionGroup[Exception]):
 class OperationsCancelledError(ResilienceError):
     """The nursery that the operations ran in was cancelled, while their caller was not.
 
+    Or the deadline has passed that the caller was under when the call began, and was put off since.
     *failures* holds what operations raised before or meanwhile, if any of them did.
     """
 

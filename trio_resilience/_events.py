@@ -60,12 +60,14 @@ class AttemptStarted(Event):
 @final
 @attrs.frozen(kw_only=True)
 class AttemptFinished(Event):
-    """A call that a retry policy made has ended: it returned if there is no error."""
+    """A call that a retry policy made has ended: it returned, unless it raised or was cancelled."""
 
     attempt: int
     duration: float
     """Seconds since the attempt started."""
     error: Exception | None
+    cancelled: bool
+    """Whether it was cancelled, or stopped by something else that is no `Exception`."""
 
 
 @final

@@ -20,7 +20,6 @@ from trio_resilience._algorithms._backoff import Backoff, Exponential
 from trio_resilience._algorithms._retry_rule import LongestDelays, RetryRule, Verdict
 from trio_resilience._checks import (
     NotAnOperationError,
-    callable_operation,
     check_awaitable,
     integer,
     label,
@@ -243,9 +242,9 @@ class Retry(Policy[Never]):
         try:
             result = await (pending := fn(*args))
         except Exception as error:
-            if isinstance(error, TypeError):
+            if isinstance(error, TypeError) and pending is not fn:
                 self._counts.calls -= 1  # a mistake is no call
-                _refuse(fn, pending)
+                check_awaitable(fn, pending)
                 self._counts.calls += 1
             call = self._start(fn, name)
             call.rule.attempts = 1
@@ -369,6 +368,7 @@ class _Call:
                 return False
             if isinstance(exc, Exception):
                 return self._swallow(exc)
+            self._finished(None, cancelled=True)
             self._end()
             return False
         except BaseException:
@@ -393,8 +393,8 @@ class _Call:
 
     def forget_tracebacks(self) -> None:
         """Drop those of the attempt before, once its error is no longer being handled."""
-        if self._error is not None:
-            drop_tracebacks(self._error, being_handled())
+        assert self._error is not None
+        drop_tracebacks(self._error, being_handled())
 
     def _end(self) -> None:
         self.is_over, self._error, self._traceback = True, None, None
@@ -470,11 +470,14 @@ class _Call:
         self.delay = planned
         return ""
 
-    def _finished(self, error: Exception | None) -> None:
+    def _finished(self, error: Exception | None, *, cancelled: bool = False) -> None:
         if open_subscriptions:
-            duration = trio.current_time() - self._began
             self._report(
-                AttemptFinished, attempt=self.rule.attempts, duration=duration, error=error
+                AttemptFinished,
+                attempt=self.rule.attempts,
+                duration=trio.current_time() - self._began,
+                error=error,
+                cancelled=cancelled,
             )
 
     def _announce(self, error: Exception | None) -> None:
@@ -508,14 +511,6 @@ async def _repeat(call: _Call, fn: Callable[..., Awaitable[Any]], args: tuple[An
         if call.is_over:
             return
         await call.wait()
-
-
-def _refuse(fn: object, pending: object) -> None:
-    """Raise `NotAnOperationError` if that is why calling *fn*, or awaiting *pending*, failed."""
-    if pending is not fn:
-        check_awaitable(fn, pending)
-    else:
-        callable_operation("fn", fn)
 
 
 @final

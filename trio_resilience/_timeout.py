@@ -145,8 +145,8 @@ class _Block:
         try:
             self._limit.__exit__(exc_type, exc, traceback)
         except BaseException as error:
+            # It is no cancellation of the outer scope: that one, the inner would not have touched.
             del exc
-            if self._by_hand.__exit__(type(error), error, error.__traceback__):
-                return True  # noqa: ASYNC104 - the scope decides what it catches, as in any block
+            self._by_hand.__exit__(type(error), error, error.__traceback__)
             raise
         return self._by_hand.__exit__(exc_type, exc, traceback)

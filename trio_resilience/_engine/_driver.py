@@ -84,11 +84,10 @@ def awaitable(fn: Callable[..., object], *args: object) -> Awaitable[Any]:
 
 
 def as_coroutine(fn: object, value: Any) -> Coroutine[Any, Any, Any]:
-    """Return what *fn* returned as a coroutine, or raise `NotAnOperationError`."""
+    """Make a coroutine of another awaitable; raise `NotAnOperationError` if it is none."""
     check_awaitable(fn, value)
-    coro: Coroutine[Any, Any, Any] = value if type(value) is COROUTINE else _wait_for(value)
-    return coro
+    return _wait_for(value)
 
 
-async def _wait_for(awaitable: Awaitable[object]) -> object:
-    return await awaitable
+async def _wait_for(awaited: Awaitable[object]) -> object:
+    return await awaited

@@ -40,15 +40,23 @@ class Outbox:
     @enable_ki_protection
     async def reserve(self) -> None:
         """Take a place for an operation that is about to start; wait until there is one."""
-        while self._places >= self.capacity() and self._waits_for_consumer():
+        await self.wait_for_room()
+        self._places += 1
+
+    def has_room(self) -> bool:
+        """Tell whether another operation may start."""
+        # If it is not the consumer who is behind, the operations are, and what bounds those is
+        # another matter.
+        waiting = len(self._ready) + len(self._early)
+        return self._places < self.capacity() or waiting <= self.buffer
+
+    @enable_ki_protection
+    async def wait_for_room(self) -> None:
+        """Wait until another operation may start."""
+        while not self.has_room():
             task = trio.lowlevel.current_task()
             self._stalled.append(task)
             await trio.lowlevel.wait_task_rescheduled(self._abort_stalled(task))
-        self._places += 1
-
-    def _waits_for_consumer(self) -> bool:
-        # Otherwise the operations are what is waited for, and what bounds those is another matter.
-        return len(self._ready) + len(self._early) > self.buffer
 
     def _abort_stalled(self, task: Task) -> Callable[[object], Abort]:
         def abort(_: object) -> Abort:

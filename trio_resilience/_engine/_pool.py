@@ -128,12 +128,13 @@ class Pool:
             try:
                 close(self.items, self.caller)
             except BaseException as error:  # noqa: BLE001 - the source's clean-up is the source's error
-                self.error = self.error or error
+                if self.error is None:
+                    self.error = error
 
     async def _run_batches(self) -> None:
         size = self.plan.batch_size
         if size is None:
-            await self._run_batch(self.size if type(self.items) in PLAIN else math.inf)
+            await self._run_batch(math.inf)
             return
         rest = None if self._is_gated() else self._pairs
         while await self._peek():
@@ -332,22 +333,27 @@ class Pool:
             return None, None
         self._has_seeker = True
         try:
-            permit = await self._take_permit(self.plan.max_concurrency) if self._left > 0 else None
+            permit = await self._take_useful_permit(self.plan.max_concurrency)
             pair = None if permit is None else await self._seek()
         finally:
             self._has_seeker = False
         if pair is None:
             self._give_back(permit)
             return None, None
-        if self._left > 0:
+        if self._may_go_on():
             self._start_worker()
         return pair, permit
+
+    def _may_go_on(self) -> bool:
+        """Tell whether another operation may turn up in this batch; a list is seen to its end."""
+        is_used_up = type(self.items) in PLAIN and self.started >= len(self.items)
+        return self._left > 0 and not is_used_up
 
     async def _seek(self) -> Pair | None:
         if self.outbox is not None:
             await self.outbox.reserve()
         pair = None
-        if self._left > 0 and not self._stopping:
+        if self._may_go_on() and not self._stopping:
             self._left -= 1
             pair = await self._pull()
         if pair is None or self._stopping:
@@ -371,6 +377,16 @@ class Pool:
         if self._async_source is None:
             return next(self._pairs, None)
         return await self._async_source.next()
+
+    async def _take_useful_permit(self, limiter: trio.CapacityLimiter) -> _Permit | None:
+        """Take a permit when there is a use for it; none is kept from others while there is not."""
+        while self._may_go_on():
+            permit = await self._take_permit(limiter)
+            if self.outbox is None or self.outbox.has_room():
+                return permit
+            self._give_back(permit)
+            await self.outbox.wait_for_room()
+        return None
 
     async def _take_permit(self, limiter: trio.CapacityLimiter) -> _Permit:
         permit = _Permit(limiter)
@@ -411,7 +427,8 @@ class Pool:
         if not self.plan.prefix:
             error = _refusal(index, item) or error
         self._report_end(index, item, error)
-        if isinstance(error, NotAnOperationError):
+        ours = (item, *self.plan.prefix)
+        if isinstance(error, NotAnOperationError) and any(fn is error.fn for fn in ours):
             self.abort(error)
             return
         without_our_frames(error)

@@ -1,0 +1,104 @@
+"""Corners of the engine that the public functions reach only by an unlucky Ctrl-C, or rarely."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from tests.operations import fails, leaves, returns
+from trio_resilience import OperationsFailedError, run_with_limit
+from trio_resilience._engine._ending import add_context
+from trio_resilience._engine._join import Job, leaves_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator, Iterator
+
+    from trio.testing import MockClock
+
+
+async def test_any_awaitable_is_an_operation() -> None:
+    """An object with ``__await__`` does as well as a coroutine."""
+
+    class Ready:
+        def __await__(self) -> Generator[Any, Any, int]:
+            yield from trio.lowlevel.checkpoint().__await__()
+            return 7
+
+    assert await run_with_limit(None, [Ready] * 2) == [7, 7]
+
+
+def test_a_delay_between_batches_needs_batches() -> None:
+    """Without them it would never come up."""
+    with pytest.raises(ValueError, match="`delay_between_batches` needs a `batch_size`"):
+        trio.run(partial(run_with_limit, None, [], delay_between_batches=1))
+
+
+async def test_a_source_that_fails_as_it_is_closed_is_heard() -> None:
+    """Its clean-up is part of it; and what the operation raised is not lost."""
+
+    def source() -> Iterator[Callable[[], Awaitable[object]]]:
+        try:
+            yield partial(fails, OSError("op"))
+            yield trio.sleep_forever
+        finally:
+            raise LookupError("clean-up")
+
+    with pytest.raises(OperationsFailedError) as caught:
+        await run_with_limit(None, source(), max_concurrency=1)
+    assert sorted(map(str, leaves(caught.value))) == ["clean-up", "op"]
+
+
+async def test_a_source_may_fail_between_two_batches(autojump_clock: MockClock) -> None:
+    """That is where the first operation of a batch is pulled."""
+    done: list[int] = []
+
+    def source() -> Iterator[Callable[[], Awaitable[object]]]:
+        yield partial(returns, 1)
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError, match="no more"):
+        await run_with_limit(
+            None, source(), batch_size=1, on_done=lambda index, _: done.append(index)
+        )
+    assert done == [0]
+
+
+async def test_an_exit_in_the_source_comes_with_what_had_failed() -> None:
+    """What stops the program is not mixed into a group of ordinary errors."""
+
+    def source() -> Iterator[Callable[[], Awaitable[object]]]:
+        yield partial(fails, OSError("op"))
+        raise SystemExit(3)
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await run_with_limit(None, source(), on_error="continue", max_concurrency=1)
+    assert [type(leaf) for leaf in leaves(caught.value)] == [SystemExit, OSError]
+
+
+def test_an_interruption_of_the_job_itself_is_its_only_leaf() -> None:
+    """Ctrl-C may land outside of any operation: then there is no group to take apart."""
+    interruption = KeyboardInterrupt()
+    assert leaves_of(interruption) == [interruption]
+    assert leaves_of(BaseExceptionGroup("", [interruption])) == [interruption]
+
+
+def test_only_the_jobs_own_cancellation_is_absorbed() -> None:
+    """Of anything else, nobody else would tell."""
+    job = Job[None]()
+    group = BaseExceptionGroup("", [KeyboardInterrupt()])
+    with pytest.raises(BaseExceptionGroup) as caught:
+        job.absorb_cancellation(group)
+    assert caught.value is group
+
+
+def test_an_error_is_never_made_its_own_context() -> None:
+    """A body may raise the very error that an operation has raised."""
+    error, first = ValueError(), KeyError()
+    add_context(error, error)
+    assert error.__context__ is None
+    error.__context__ = first
+    add_context(error, first)
+    assert first.__context__ is None
