@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 async def test_any_awaitable_is_an_operation() -> None:
     """An object with ``__await__`` does as well as a coroutine."""
 
+    async def seven() -> int:
+        await trio.lowlevel.checkpoint()
+        return 7
+
     class Ready:
         def __await__(self) -> Generator[Any, Any, int]:
-            yield from trio.lowlevel.checkpoint().__await__()
-            return 7
+            return (yield from seven().__await__())
 
     assert await run_with_limit(None, [Ready] * 2) == [7, 7]
 
