@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, timedelta
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeAlias, cast, final
 
 import attrs
@@ -89,7 +88,7 @@ def transient(error: Exception) -> bool:
 
 
 @final
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Classifier:
     """Types and predicates as one question: whether an error deserves another try."""
 
@@ -202,6 +201,8 @@ def _parse_retry_after(text: str, now: float) -> float | None:
 
 
 def _seconds_of_date(text: str) -> float | None:
+    from email.utils import parsedate_to_datetime  # noqa: PLC0415 - large, and seldom needed
+
     try:
         date = parsedate_to_datetime(text)
         return (date.replace(tzinfo=UTC) if date.tzinfo is None else date).timestamp()

@@ -20,7 +20,6 @@ when they are read, not when the error is raised, and every error survives pickl
 
 from __future__ import annotations
 
-import pickle
 from typing import TYPE_CHECKING, Any, Self
 
 import attrs
@@ -44,6 +43,8 @@ class ResilienceError(Exception):
 
 
 def _portable(cause: BaseException) -> BaseException:
+    import pickle  # noqa: PLC0415 - whoever comes here has it; to import it early costs everybody
+
     try:
         pickle.loads(pickle.dumps(cause))  # noqa: S301 - our own data: the test is the round trip
     except Exception:  # noqa: BLE001 - whatever a foreign class raises, the text is kept

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class Event:
     """Something that happened, and where."""
 
@@ -28,9 +28,14 @@ class Event:
     operation: str
     """Name of the operation: ``name=`` of the call, or else the function's own."""
 
+    def __repr__(self) -> str:
+        # One for all of them: to generate eight would take a noticeable part of the import.
+        names = (field.name for field in attrs.fields(type(self)))
+        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
+
 
 @final
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class OperationStarted(Event):
     """`run_with_limit`, or one of its kin, has begun to run an operation."""
 
@@ -38,7 +43,7 @@ class OperationStarted(Event):
 
 
 @final
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class OperationFinished(Event):
     """An operation has ended: it succeeded if there is no error, or was cancelled."""
 
@@ -50,7 +55,7 @@ class OperationFinished(Event):
 
 
 @final
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class AttemptStarted(Event):
     """A retry policy is about to call the operation."""
 
@@ -58,7 +63,7 @@ class AttemptStarted(Event):
 
 
 @final
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class AttemptFinished(Event):
     """A call that a retry policy made has ended: it returned, unless it raised or was cancelled."""
 
@@ -71,7 +76,7 @@ class AttemptFinished(Event):
 
 
 @final
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class RetryScheduled(Event):
     """An attempt was not good enough, and another follows after *delay* seconds."""
 
@@ -85,7 +90,7 @@ class RetryScheduled(Event):
 
 
 @final
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class RetryGaveUp(Event):
     """A retry policy makes no further attempt; the error, or the result, is final."""
 
@@ -96,7 +101,7 @@ class RetryGaveUp(Event):
 
 
 @final
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class TimedOut(Event):
     """A time limit of *timeout* seconds expired and cancelled the operation."""
 
@@ -104,7 +109,7 @@ class TimedOut(Event):
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Subscription:
     """A listener and the block that it listens for."""
 

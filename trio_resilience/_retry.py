@@ -91,7 +91,7 @@ class RetryResult(Generic[T]):
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Counts:
     calls: int = 0
     repeats: int = 0
@@ -315,7 +315,7 @@ class Retry(Policy[Never]):
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Call:
     """What one call under a policy has come to so far, and what happens next."""
 

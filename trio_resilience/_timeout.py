@@ -36,7 +36,7 @@ class TimeoutStatistics:
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Counts:
     calls: int = 0
     timed_out: int = 0
@@ -117,7 +117,7 @@ class Timeout(Policy[Never]):
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Block:
     """A block under a limit, within a scope that the user may cancel by hand."""
 

@@ -25,7 +25,7 @@ class LongestDelays(Random):
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class RetryRule:
     """Count the attempts of one call and decide on the next."""
 

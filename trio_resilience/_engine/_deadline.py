@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Limit:
     """Cancel the block at *deadline* and raise what *on_expiry* returns.
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Awaitable, Callable, Coroutine
-from contextvars import Context, ContextVar
-from functools import partial
+from contextvars import ContextVar
 from itertools import repeat
 from operator import attrgetter
 from typing import Any, final
@@ -27,7 +26,11 @@ from trio_resilience._checks import check_awaitable, operation
 
 @final
 class Drive:
-    """An awaitable that a worker uses again for each of its operations."""
+    """An awaitable that a worker uses again for each of its operations.
+
+    To run *coro* in *context*, the worker sets ``coro``, ``send`` to the coroutine's own, and
+    ``__next__`` to ``partial(context.run, coro.send, None)``.
+    """
 
     __await__: Any
     __next__: Any
@@ -45,12 +48,6 @@ class Drive:
     def __init__(self) -> None:
         # What is awaited returns itself; from a C callable, which an endless iterator's step is.
         self.__await__ = repeat(self).__next__
-
-    def load(self, context: Context, coro: Coroutine[Any, Any, Any]) -> None:
-        """Make *coro* what the next ``await`` of this object runs, in *context*."""
-        self.coro = coro
-        self.send = send = coro.send
-        self.__next__ = partial(context.run, send, None)
 
     def unload(self) -> None:
         """Let go of the operation that has ended."""

@@ -17,7 +17,7 @@ Ts = TypeVarTuple("Ts")
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Job(Generic[T]):
     """One piece of work in a nursery, and the task that waits for it.
 

@@ -16,7 +16,7 @@ ENDED: Final = object()
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Outbox:
     """Hold what is running or finished but not yet taken, at most *capacity()* of it.
 

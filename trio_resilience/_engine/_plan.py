@@ -19,7 +19,7 @@ OnError: TypeAlias = Literal["cancel", "continue", "collect"]
 
 
 @final
-@attrs.frozen(kw_only=True)
+@attrs.frozen(eq=False, kw_only=True, repr=False)
 class Plan:
     """How a pool is to run its operations; every field is checked already."""
 

@@ -61,7 +61,7 @@ class Policy(ABC, Generic[F]):
 
 
 @final
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Overrides:
     """What `trio_resilience.testing.test_mode` changes for the policies used inside its block."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextvars import Context, ContextVar, copy_context
+from functools import partial
 from itertools import chain, islice
 from typing import Any, Final, final
 
@@ -43,7 +44,7 @@ MISSING: Final = object()
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Permit:
     """A permit of a bound that calls share; it is its own borrower."""
 
@@ -56,7 +57,7 @@ _held_here: ContextVar[tuple[_Permit, ...]] = ContextVar("held_here", default=()
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Pool:
     """The workers of one call, what they have done so far, and why they stopped."""
 
@@ -271,7 +272,8 @@ class Pool:
                             coro = call(*prefix, item) if prefix else call(item)
                             if type(coro) is not COROUTINE:
                                 coro = as_coroutine(prefix[0] if prefix else item, coro)
-                            drive.load(context, coro)
+                            drive.coro, drive.send = coro, coro.send
+                            drive.__next__ = partial(context.run, coro.send, None)
                             task.context = context
                             if is_timed:
                                 deadline = now() + timeout

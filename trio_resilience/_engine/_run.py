@@ -13,7 +13,7 @@ S = TypeVar("S")
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class RunState(Generic[S]):
     """A state that is made anew for every run, of an object that outlives them.
 

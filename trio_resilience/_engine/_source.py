@@ -64,7 +64,7 @@ async def _next_of(items: AsyncIterator[Any]) -> Any:
 
 
 @final
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class AsyncSource:
     """An async iterable that one task pulls from, on demand, for any number of others.
 
