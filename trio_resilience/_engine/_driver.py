@@ -62,8 +62,9 @@ class Drive:
 # What an `async def` returns; `Any`, for a test against it must not narrow the type.
 COROUTINE: Any = types.CoroutineType
 
-# Which operation the context belongs to that the interpreter is in. An operation that never gave
-# up control leaves the interpreter in the context of whatever ran in this step before it.
+# Set, before an operation begins, in the context that the interpreter is in, which is not the
+# operation's own: the worker's, or that of an operation before. An operation that never gave up
+# control leaves the interpreter in that same context, and the mark is found there again.
 operation_mark: ContextVar[int | None] = ContextVar("operation_mark", default=None)
 
 

@@ -223,7 +223,6 @@ class Pool:
         now, set_mark, get_mark = trio.current_time, operation_mark.set, operation_mark.get
         task = trio.lowlevel.current_task()
         home, drive = task.context, Drive()
-        set_mark(None)
         index, deadline = -1, math.inf
         pair: Pair | None = None
         context: Context | None = None
@@ -262,7 +261,7 @@ class Pool:
                             if self._spare:
                                 self._grow()
                             context = caller.copy()
-                            context.run(set_mark, index)
+                            set_mark(index)
                             if permit is not None:
                                 context.run(_held_here.set, (*self._outer, permit))
                             if is_heard:
@@ -279,7 +278,7 @@ class Pool:
                                 deadline = now() + timeout
                                 scope.deadline = deadline
                             value = await drive
-                            if get_mark() != index:  # it never parked: be polite in its stead
+                            if get_mark() == index:  # it never parked: be polite in its stead
                                 task.context = home
                                 await trio.lowlevel.cancel_shielded_checkpoint()
                             if is_plain:
@@ -293,7 +292,7 @@ class Pool:
                 if failure is None and scope.cancelled_caught:
                     failure = self._time_out(item)
                 if failure is not None:
-                    if get_mark() != index:
+                    if get_mark() == index:
                         task.context = home
                         await trio.lowlevel.cancel_shielded_checkpoint()
                     self._failed(index, item, failure)
