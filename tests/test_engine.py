@@ -105,3 +105,20 @@ def test_an_error_is_never_made_its_own_context() -> None:
     error.__context__ = first
     add_context(error, first)
     assert first.__context__ is None
+
+
+async def test_the_first_of_two_errors_of_a_callers_code_comes_out() -> None:
+    """A callback stops the job; that the source then fails to close is not what it stopped for."""
+
+    def source() -> Iterator[Callable[[], Awaitable[object]]]:
+        try:
+            yield partial(returns, 1)
+            yield trio.sleep_forever
+        finally:
+            raise LookupError("clean-up")
+
+    def stop(index: int, _: object) -> None:
+        raise KeyError(index)
+
+    with pytest.raises(KeyError):
+        await run_with_limit(None, source(), max_concurrency=1, on_done=stop)

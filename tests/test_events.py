@@ -389,3 +389,13 @@ def test_events_are_frozen_records() -> None:
     assert event == AttemptStarted(**base, attempt=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="positional"):
         AttemptStarted(1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+async def test_an_event_shows_all_that_it_knows(autojump_clock: MockClock) -> None:
+    """Its name and its fields, those that all events share first."""
+    listener = Listener()
+    with subscribe(listener):
+        await exactly(name="mine").call(trio.sleep, 1, name="nap")
+    shown = repr(listener.heard[0])
+    assert shown.startswith("AttemptStarted(time=0.0, task=")
+    assert shown.endswith("policy='mine', operation='nap', attempt=1)")
