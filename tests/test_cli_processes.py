@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -10,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 import pytest
@@ -51,7 +51,7 @@ def run(*arguments: str, given: str | None = None) -> subprocess.CompletedProces
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def started(
     *arguments: str, stderr: int = subprocess.PIPE
 ) -> Generator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
@@ -164,7 +164,12 @@ def test_a_second_ctrl_c_ends_it_when_nobody_reads_the_report(web: Web) -> None:
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.3)
-        process.send_signal(signal.SIGINT)
+        # A signal that comes before the first is heard counts as the same one: so press again.
+        while process.poll() is None:
+            assert time.monotonic() < deadline + SECONDS
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(3.0)
         assert end(process) == (130, "trio_resilience: interrupted\n")
 
 
