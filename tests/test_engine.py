@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from tests.operations import fails, leaves, returns
-from trio_resilience import OperationsFailedError, run_with_limit
+from trio_resilience import OperationsFailedError, run_with_limit, stream_with_limit
 from trio_resilience._engine._ending import add_context
 from trio_resilience._engine._join import Job, leaves_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Iterator
-
-    from trio.testing import MockClock
 
 
 async def test_any_awaitable_is_an_operation() -> None:
@@ -122,3 +121,39 @@ async def test_the_first_of_two_errors_of_a_callers_code_comes_out() -> None:
 
     with pytest.raises(KeyError):
         await run_with_limit(None, source(), max_concurrency=1, on_done=stop)
+
+
+@pytest.mark.filterwarnings("ignore::trio.TrioDeprecationWarning")
+@pytest.mark.parametrize("given", [True, False])
+def test_without_strict_groups_nothing_is_lost_either(given: bool) -> None:
+    """Trio then raises what is alone in a nursery as it is, cancellations too."""
+
+    async def exit_when_cancelled() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise SystemExit(3)
+
+    async def by_call(nursery: trio.Nursery | None) -> None:
+        await run_with_limit(nursery, [exit_when_cancelled])
+
+    async def by_stream(nursery: trio.Nursery | None) -> None:
+        async with stream_with_limit(nursery, [exit_when_cancelled]) as results:
+            async for _ in results:
+                pass
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for call in (by_call, by_stream):
+                with trio.move_on_after(1):
+                    try:
+                        await call(nursery if given else None)
+                    except BaseException as error:  # noqa: BLE001 - whatever it is, it is looked at
+                        caught.append(error)
+
+    caught: list[BaseException] = []
+    trio.run(main, clock=MockClock(autojump_threshold=0), strict_exception_groups=False)
+    assert [any(isinstance(leaf, SystemExit) for leaf in leaves(each)) for each in caught] == [
+        True,
+        True,
+    ]
