@@ -157,3 +157,17 @@ def test_without_strict_groups_nothing_is_lost_either(given: bool) -> None:
         True,
         True,
     ]
+
+
+async def test_what_says_that_it_is_empty_is_run_all_the_same() -> None:
+    """A length is a hint, for how many workers to begin with; no operation is lost by it."""
+
+    class Filling:
+        def __len__(self) -> int:
+            return 0
+
+        def __iter__(self) -> Iterator[Callable[[], Awaitable[object]]]:
+            return iter([partial(returns, index) for index in range(3)])
+
+    assert await run_with_limit(None, Filling()) == [0, 1, 2]
+    assert await run_with_limit(None, []) == []

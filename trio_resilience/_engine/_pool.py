@@ -166,15 +166,15 @@ class Pool:
         if isinstance(limit, int):
             useful = int(min(limit, self.size, size))
             # Of unknown length: begin with one and let every worker that finds work start two more.
-            count = useful if self.size < math.inf else 1
-            self._spare = useful - count
+            # There is always one: only the source itself, not its length, tells that it is empty.
+            count = max(1, useful) if self.size < math.inf else 1
+            self._spare = max(0, useful - count)
         else:
             count = 1
         for _ in range(count):
             self._start_worker()
-        if self._workers:
-            self._supervisor = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(self._abort_supervisor)
+        self._supervisor = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._abort_supervisor)
 
     def _abort_supervisor(self, _: object) -> Abort:
         # Called in the very instant of a cancellation, so that no worker that is awake at that
