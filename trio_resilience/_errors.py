@@ -70,23 +70,35 @@ class RejectedError(ResilienceError):
 
 
 class BulkheadFullError(RejectedError):
-    """*requested* calls would be running or waiting where there is room for *capacity*."""
+    """*requested* calls would be running or waiting where there is room for *capacity*.
 
-    args: tuple[str, float, float, float | None]
+    Or, if *waited* is a number, there was room in the line, but no permit within so many seconds.
+    """
+
+    args: tuple[str, float, float, float | None, float | None]
     name: str
     capacity: float
     requested: float
+    waited: float | None
 
     def __init__(
-        self, name: str, capacity: float, requested: float, retry_after: float | None = None
+        self,
+        name: str,
+        capacity: float,
+        requested: float,
+        retry_after: float | None = None,
+        waited: float | None = None,
     ) -> None:
         super().__init__(retry_after)
-        self.args = (name, capacity, requested, retry_after)
+        self.args = (name, capacity, requested, retry_after, waited)
         self.name = name
         self.capacity = capacity
         self.requested = requested
+        self.waited = waited
 
     def __str__(self) -> str:
+        if self.waited is not None:
+            return f"{self.name} is full: no permit came free within {self.waited:g} s"
         return (
             f"{self.name} is full: it has room for {self.capacity:g} calls, running and waiting,"
             f" and this would make {self.requested:g}{_later(self.retry_after)}"

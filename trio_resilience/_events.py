@@ -109,6 +109,45 @@ class TimedOut(Event):
 
 
 @final
+@attrs.frozen(kw_only=True, repr=False)
+class WaitStarted(Event):
+    """A call has to wait for its turn: for a permit, or until a rate limit allows it."""
+
+
+@final
+@attrs.frozen(kw_only=True, repr=False)
+class WaitFinished(Event):
+    """A wait has ended: its turn came, unless it was refused or cancelled."""
+
+    duration: float
+    """Seconds since the wait started."""
+    cancelled: bool
+
+
+@final
+@attrs.frozen(kw_only=True, repr=False)
+class Rejected(Event):
+    """A policy has refused a call, of which nothing was run."""
+
+    retry_after: float | None
+    """Seconds after which another try makes sense, if that is known."""
+
+
+@final
+@attrs.frozen(kw_only=True, repr=False)
+class BatchFlushed(Event):
+    """A batch of *size* items has been processed: each has its result if there is no error."""
+
+    size: int
+    reason: str
+    """What it was flushed for: ``"size"``, ``"age"`` or ``"close"``."""
+    duration: float
+    """Seconds that it took to process."""
+    error: Exception | None
+    cancelled: bool
+
+
+@final
 @attrs.define(eq=False, repr=False)
 class Subscription:
     """A listener and the block that it listens for."""

@@ -311,7 +311,7 @@ class Retry(Policy[Never]):
         return rule
 
     def _current_counts(self, mode: Overrides | None) -> _Counts:
-        return self._counts if mode is None else mode.state_of(self, self._counts)
+        return self._counts if mode is None else mode.state_of(self, self._counts, _Counts)
 
 
 @final

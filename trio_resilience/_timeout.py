@@ -113,7 +113,7 @@ class Timeout(Policy[Never]):
 
     def _current_counts(self) -> _Counts:
         mode = overrides() if open_overrides else None
-        return self._counts if mode is None else mode.state_of(self, self._counts)
+        return self._counts if mode is None else mode.state_of(self, self._counts, _Counts)
 
 
 @final

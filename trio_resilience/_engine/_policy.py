@@ -40,6 +40,14 @@ class Policy(ABC, Generic[F]):
     def statistics(self) -> object:
         """Return a frozen record of the policy's state and counts; works outside a run too."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether a new policy in the place of this one would behave the same from now on.
+
+        `Keyed` forgets a policy only then. A policy without state of its own always is.
+        """
+        return True
+
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T | F]]:
         """Decorate an async function: every call of it runs under this policy.
 
@@ -71,11 +79,13 @@ class Overrides:
     states: WeakKeyDictionary[Any, Any] | None
     """State that policies keep during the block instead of their own."""
 
-    def state_of(self, policy: object, own: S) -> S:
+    def state_of(self, policy: object, own: S, make: Callable[[], S]) -> S:
         """Return the state that *policy* has here: its *own*, or one that starts afresh."""
         if self.states is None:
             return own
-        fresh: S = self.states.setdefault(policy, type(own)())
+        if policy not in self.states:
+            self.states[policy] = make()
+        fresh: S = self.states[policy]
         return fresh
 
 
