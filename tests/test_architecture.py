@@ -20,13 +20,21 @@ PACKAGE = "trio_resilience"
 # Every module, in the one order that imports follow. A folder's own name stands for its `__init__`.
 LAYERS: dict[str, list[str]] = {
     "words": ["_checks", "_errors", "_events"],
-    "rules": ["_algorithms", "_algorithms._backoff", "_algorithms._retry_rule", "_classify"],
+    "rules": [
+        "_algorithms",
+        "_algorithms._backoff",
+        "_algorithms._gcra",
+        "_algorithms._retry_rule",
+        "_classify",
+    ],
     "engine": [
         "_engine",
         "_engine._traceback",
         "_engine._report",
+        "_engine._waiting",
         "_engine._deadline",
         "_engine._run",
+        "_engine._permits",
         "_engine._driver",
         "_engine._join",
         "_engine._outbox",
@@ -36,8 +44,8 @@ LAYERS: dict[str, list[str]] = {
         "_engine._pool",
         "_engine._ending",
     ],
-    "primitives": ["_timeout", "_retry"],
-    "built from them": ["_concurrency"],
+    "primitives": ["_timeout", "_retry", "_semaphore", "_rate_limiter"],
+    "built from them": ["_bulkhead", "_concurrency", "_batching", "_keyed"],
     "the public names": [""],
     "edges": [
         "testing._cancel_records",

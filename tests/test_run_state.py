@@ -40,12 +40,21 @@ def test_a_run_that_crashed_is_over() -> None:
     assert trio.run(_get, state) == []
 
 
-def test_the_last_state_can_be_read_outside_a_run() -> None:
-    """Statistics work before, between and after runs."""
+def test_the_state_of_a_live_run_can_be_read_from_anywhere() -> None:
+    """Statistics work before, between and after runs, and from other threads."""
     state = RunState[list[str]](list[str])
-    assert state.last() is None
-    made = trio.run(_get, state)
-    assert state.last() is made
+    assert state.peek() is None
+
+    async def use() -> None:
+        assert state.peek() is state.here() is None
+        made = state.get()
+        assert state.peek() is state.here() is made
+        assert await trio.to_thread.run_sync(state.peek) is made
+        assert await trio.to_thread.run_sync(state.here) is None
+
+    trio.run(use)
+    assert state.peek() is None
+    assert state.here() is None
 
 
 def test_it_is_not_available_outside_a_run() -> None:

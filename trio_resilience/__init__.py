@@ -7,6 +7,7 @@ from trio_resilience._algorithms._backoff import (
     Fibonacci,
     Linear,
 )
+from trio_resilience._bulkhead import Bulkhead, BulkheadStatistics
 from trio_resilience._classify import transient
 from trio_resilience._concurrency import (
     Stream,
@@ -53,6 +54,7 @@ from trio_resilience._retry import (
     RetryStatistics,
     run_with_retry,
 )
+from trio_resilience._semaphore import Semaphore, SemaphoreStatistics
 from trio_resilience._timeout import Timeout, TimeoutStatistics
 
 __all__ = [
@@ -60,7 +62,9 @@ __all__ = [
     "AttemptFinished",
     "AttemptStarted",
     "BatchFlushed",
+    "Bulkhead",
     "BulkheadFullError",
+    "BulkheadStatistics",
     "CallAbandonedError",
     "CircuitOpenError",
     "ConfigError",
@@ -87,6 +91,8 @@ __all__ = [
     "RetryResult",
     "RetryScheduled",
     "RetryStatistics",
+    "Semaphore",
+    "SemaphoreStatistics",
     "Stream",
     "TimedOut",
     "Timeout",

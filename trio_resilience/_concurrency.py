@@ -39,9 +39,11 @@ from trio_resilience._checks import (
 from trio_resilience._engine._ending import add_context, raise_failure, take_failure
 from trio_resilience._engine._join import Job, check_nursery, join
 from trio_resilience._engine._outbox import ENDED, Outbox
+from trio_resilience._engine._permits import SharedBound
 from trio_resilience._engine._plan import OnError, Plan, checked_policy, make_plan
 from trio_resilience._engine._policy import Policy
 from trio_resilience._engine._pool import Pool
+from trio_resilience._semaphore import Semaphore, permits_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -55,7 +57,7 @@ Source: TypeAlias = Iterable[T] | AsyncIterable[T]
 Operation: TypeAlias = Callable[[], Awaitable[T]]
 Outcome: TypeAlias = Value[T] | Error
 Raising: TypeAlias = Literal["cancel", "continue"]
-Bound: TypeAlias = int | trio.CapacityLimiter
+Bound: TypeAlias = int | trio.CapacityLimiter | Semaphore
 Seconds: TypeAlias = float | timedelta
 OnDone: TypeAlias = Callable[[int, Outcome[T]], object]
 
@@ -156,8 +158,8 @@ async def run_with_limit(
         ops: zero-argument async callables: an iterable or async iterable, pulled lazily, in
             order, at most *max_concurrency* ahead of what has finished, in the caller's context.
             A generator is closed when the call ends.
-        max_concurrency: how many run at once; or a `trio.CapacityLimiter`, to share one bound
-            between calls: a permit of it is taken before an operation is pulled.
+        max_concurrency: how many run at once; or a `trio.CapacityLimiter` or `Semaphore`, to share
+            one bound between calls: a permit of it is taken before an operation is pulled.
         queue_size: refuse more than ``max_concurrency + queue_size`` of sized *ops* at the door.
         timeout: seconds that each operation may take, its policy and all its attempts included,
             its wait for a permit not. Expiry is its failure, an `OperationTimeoutError`.
@@ -192,8 +194,8 @@ async def run_with_limit(
     """
     check_nursery(nursery)
     plan = make_plan(
-        "run_with_limit", None, ops, max_concurrency, queue_size, timeout, batch_size,
-        delay_between_batches, policy, on_error, on_done,
+        "run_with_limit", None, ops, _shared(max_concurrency), queue_size, timeout,
+        batch_size, delay_between_batches, policy, on_error, on_done,
     )  # fmt: skip
     return await _run(nursery, plan, ops)
 
@@ -254,8 +256,8 @@ async def map_with_limit(
     """
     check_nursery(nursery)
     plan = make_plan(
-        "map_with_limit", fn, items, max_concurrency, queue_size, timeout, batch_size,
-        delay_between_batches, policy, on_error, on_done,
+        "map_with_limit", fn, items, _shared(max_concurrency), queue_size, timeout,
+        batch_size, delay_between_batches, policy, on_error, on_done,
     )  # fmt: skip
     return await _run(nursery, plan, items)
 
@@ -329,8 +331,8 @@ def stream_with_limit(
     """
     check_nursery(nursery)
     plan = make_plan(
-        "stream_with_limit", None, ops, max_concurrency, queue_size, timeout, batch_size,
-        delay_between_batches, policy, on_error, None,
+        "stream_with_limit", None, ops, _shared(max_concurrency), queue_size, timeout,
+        batch_size, delay_between_batches, policy, on_error, None,
     )  # fmt: skip
     return Stream(nursery, plan, ops, ordered=ordered, buffer=buffer)
 
@@ -394,8 +396,8 @@ def stream_map_with_limit(
     """
     check_nursery(nursery)
     plan = make_plan(
-        "stream_map_with_limit", fn, items, max_concurrency, queue_size, timeout, batch_size,
-        delay_between_batches, policy, on_error, None,
+        "stream_map_with_limit", fn, items, _shared(max_concurrency), queue_size, timeout,
+        batch_size, delay_between_batches, policy, on_error, None,
     )  # fmt: skip
     return Stream(nursery, plan, items, ordered=ordered, buffer=buffer)
 
@@ -425,7 +427,7 @@ class Stream(Generic[K, R]):
             capacity=(
                 (lambda: bound + buffer)
                 if isinstance(bound, int)
-                else (lambda: bound.total_tokens + buffer)
+                else (lambda: bound.total() + buffer)
             ),
             buffer=buffer,
             ordered=flag("ordered", ordered),
@@ -514,6 +516,13 @@ class Stream(Generic[K, R]):
 
 
 # --- what they share ---------------------------------------------------------------------------
+
+
+def _shared(bound: object) -> object:
+    """Make of a semaphore what the engine knows."""
+    if not isinstance(bound, Semaphore):
+        return bound
+    return SharedBound(bound, lambda: permits_of(bound), lambda: bound.permits)
 
 
 async def _run(nursery: trio.Nursery | None, plan: Plan, items: Source[Any]) -> list[Any]:

@@ -17,11 +17,14 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from itertools import repeat
 from operator import attrgetter
-from typing import Any, final
+from typing import Any, TypeVar, TypeVarTuple, final
 
 import trio
 
 from trio_resilience._checks import check_awaitable, operation
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 @final
@@ -79,6 +82,13 @@ def awaitable(fn: Callable[..., object], *args: object) -> Awaitable[Any]:
     check_awaitable(fn, value)
     awaited: Awaitable[Any] = value
     return awaited
+
+
+@trio.lowlevel.disable_ki_protection
+async def run_unprotected(fn: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
+    """Run ``fn(*args)`` open to Ctrl-C, whatever its caller is protected from."""
+    result: T = await awaitable(fn, *args)
+    return result
 
 
 def as_coroutine(fn: object, value: Any) -> Coroutine[Any, Any, Any]:

@@ -9,7 +9,7 @@ import attrs
 import trio
 from trio.lowlevel import Abort, Task, enable_ki_protection
 
-from trio_resilience._engine._driver import awaitable
+from trio_resilience._engine._driver import run_unprotected
 from trio_resilience._errors import OperationsCancelledError
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class Job(Generic[T]):
                     scope.deadline = deadline
                 # A nursery that is cancelled already runs nothing of the work.
                 await trio.lowlevel.checkpoint_if_cancelled()
-                self.value = await _unprotected(fn, *args)
+                self.value = await run_unprotected(fn, *args)
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - the waiter gets it
@@ -153,12 +153,6 @@ class Job(Generic[T]):
         except BaseException as interruption:  # noqa: BLE001 - it is raised in the group
             leaves.append(interruption.with_traceback(None))
         return BaseExceptionGroup("an operation stopped the job", leaves)
-
-
-@trio.lowlevel.disable_ki_protection
-async def _unprotected(fn: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
-    result: T = await awaitable(fn, *args)
-    return result
 
 
 def _split(error: BaseException) -> tuple[BaseException | None, BaseException | None]:

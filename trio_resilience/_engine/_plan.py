@@ -11,6 +11,7 @@ import attrs
 import trio
 
 from trio_resilience._checks import integer, one_of, operation, operations, seconds, sync_callback
+from trio_resilience._engine._permits import LimiterPermits, SharedBound
 from trio_resilience._engine._policy import Policy
 from trio_resilience._engine._source import size_of
 from trio_resilience._errors import BulkheadFullError
@@ -27,7 +28,7 @@ class Plan:
     """The public function's name, for events and messages."""
     prefix: tuple[Callable[..., Any], ...]
     """An operation is called as ``prefix[0](*prefix[1:], item)``, or as ``item()``."""
-    max_concurrency: int | trio.CapacityLimiter
+    max_concurrency: int | SharedBound
     timeout: float
     batch_size: int | None
     delay_between_batches: float
@@ -77,9 +78,17 @@ def make_plan(
     return plan
 
 
-def _checked_bound(max_concurrency: object) -> int | trio.CapacityLimiter:
-    if isinstance(max_concurrency, trio.CapacityLimiter):
+def _checked_bound(max_concurrency: object) -> int | SharedBound:
+    if isinstance(max_concurrency, SharedBound):
         return max_concurrency
+    if isinstance(max_concurrency, trio.CapacityLimiter):
+        limiter = max_concurrency
+        return SharedBound(limiter, lambda: LimiterPermits(limiter), lambda: limiter.total_tokens)
+    if isinstance(max_concurrency, Policy):
+        raise TypeError(
+            "`max_concurrency` must be an int, a trio.CapacityLimiter or a Semaphore, got"
+            f" {max_concurrency!r}: pass that as `policy`"
+        )
     return integer("max_concurrency", max_concurrency, minimum=1)
 
 
@@ -100,7 +109,7 @@ def _check_source(name: str, items: object, *, are_operations: bool) -> None:
 
 def _check_room(plan: Plan, items: object, queue_size: int) -> None:
     bound = plan.max_concurrency
-    capacity = queue_size + (bound if isinstance(bound, int) else bound.total_tokens)
+    capacity = queue_size + (bound if isinstance(bound, int) else bound.total())
     size = size_of(items)
     if capacity < size < math.inf:
         raise BulkheadFullError(plan.kind, capacity, size)

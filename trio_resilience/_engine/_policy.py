@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import attrs
 
 from trio_resilience._checks import label, operation
+from trio_resilience._engine._run import RunState
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -100,3 +101,9 @@ def overrides() -> Overrides | None:
     """Return what the innermost `test_mode` block around this call changes, if there is one."""
     around = reversed(current_overrides.get())
     return next((mode for mode in around if mode in open_overrides), None)
+
+
+def runs_of(policy: object, own: RunState[S]) -> RunState[S]:
+    """Return the states, one for each run, that *policy* has here: its *own*, or fresh ones."""
+    mode = overrides() if open_overrides else None
+    return own if mode is None else mode.state_of(policy, own, own.anew)

@@ -27,6 +27,7 @@ from trio_resilience._engine._driver import (
     operation_mark,
 )
 from trio_resilience._engine._outbox import Outbox
+from trio_resilience._engine._permits import SharedBound, TakesPermits
 from trio_resilience._engine._plan import Plan
 from trio_resilience._engine._report import report
 from trio_resilience._engine._source import PLAIN, AsyncSource, Pair, close, numbered, size_of
@@ -46,9 +47,9 @@ MISSING: Final = object()
 @final
 @attrs.define(eq=False, repr=False)
 class _Permit:
-    """A permit of a bound that calls share; it is its own borrower."""
+    """A permit of a bound that calls share."""
 
-    limiter: trio.CapacityLimiter
+    owner: object
     is_held: bool = True
 
 
@@ -98,6 +99,8 @@ class Pool:
     """How many more workers may be started in this batch, as operations turn up."""
     _permits: set[_Permit] = attrs.field(factory=set[_Permit], init=False)
     """Those of a shared bound that our workers hold."""
+    _bound: TakesPermits = attrs.field(init=False)
+    """Where they come from."""
     _has_seeker: bool = attrs.field(default=False, init=False)
     """Whether a worker waits for a shared bound, or for what the next operation needs besides."""
     _outer: tuple[_Permit, ...] = attrs.field(factory=_held_here.get, init=False)
@@ -106,6 +109,8 @@ class Pool:
 
     def __attrs_post_init__(self) -> None:
         self.size = size_of(self.items)
+        if not isinstance(self.plan.max_concurrency, int):
+            self._bound = self.plan.max_concurrency.open()
         items: Any = self.items
         if hasattr(items, "__anext__"):
             self._async_source = AsyncSource(items, self.abort)
@@ -379,42 +384,40 @@ class Pool:
             return next(self._pairs, None)
         return await self._async_source.next()
 
-    async def _take_useful_permit(self, limiter: trio.CapacityLimiter) -> _Permit | None:
+    async def _take_useful_permit(self, bound: SharedBound) -> _Permit | None:
         """Take a permit when there is a use for it; none is kept from others while there is not."""
         while self._may_go_on():
-            permit = await self._take_permit(limiter)
+            permit = await self._take_permit(bound)
             if self.outbox is None or self.outbox.has_room():
                 return permit
             self._give_back(permit)
             await self.outbox.wait_for_room()
         return None
 
-    async def _take_permit(self, limiter: trio.CapacityLimiter) -> _Permit:
-        permit = _Permit(limiter)
-        try:
-            limiter.acquire_on_behalf_of_nowait(permit)
-        except trio.WouldBlock:
-            self._refuse_deadlock(limiter)
-            await limiter.acquire_on_behalf_of(permit)
+    async def _take_permit(self, bound: SharedBound) -> _Permit:
+        if not self._bound.try_take():
+            self._refuse_deadlock(bound.owner)
+            await self._bound.take()
+        permit = _Permit(bound.owner)
         self._permits.add(permit)
         return permit
 
-    def _refuse_deadlock(self, limiter: trio.CapacityLimiter) -> None:
+    def _refuse_deadlock(self, owner: object) -> None:
         # While an operation of this call holds a permit, the turn of the next will come.
         if not self._permits and any(
-            permit.limiter is limiter and permit.is_held for permit in self._outer
+            permit.owner is owner and permit.is_held for permit in self._outer
         ):
             raise RuntimeError(
-                f"{self.plan.kind} would wait for ever: it waits for a permit of {limiter!r}, of"
+                f"{self.plan.kind} would wait for ever: it waits for a permit of {owner!r}, of"
                 " which the operation that called it holds one; give it a bound of its own"
-            ) from None
+            )
 
     @enable_ki_protection
     def _give_back(self, permit: _Permit | None) -> None:
         if permit is not None and permit.is_held:
             permit.is_held = False
             self._permits.discard(permit)
-            permit.limiter.release_on_behalf_of(permit)
+            self._bound.give_back()
 
     # --- what comes of an operation -------------------------------------------------------------
 

@@ -37,9 +37,22 @@ class RunState(Generic[S]):
             self._token, self._state = token, self.make()
         return self._state
 
-    def last(self) -> S | None:
-        """Return the state of the latest run, live or not, for statistics outside of any."""
-        return self._state
+    def peek(self) -> S | None:
+        """Return the state of the run that is live, if any has used it; for statistics."""
+        is_live = self._token is not None and (self._is_here() or _is_live(self._token))
+        return self._state if is_live else None
+
+    def here(self) -> S | None:
+        """Return the state of the run in which this is asked, if that has one."""
+        return self._state if self._is_here() else None
+
+    def anew(self) -> RunState[S]:
+        """Return one that is made in the same way and has no state yet."""
+        return RunState(self.make)
+
+    def _is_here(self) -> bool:
+        is_in_a_run = trio.lowlevel.in_trio_run()
+        return is_in_a_run and trio.lowlevel.current_trio_token() is self._token
 
 
 def _is_live(token: TrioToken) -> bool:

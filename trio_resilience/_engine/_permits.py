@@ -1,0 +1,161 @@
+"""Permits that tasks take, wait for in one line, and give back: first come, first served."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol, final
+
+import attrs
+import trio
+from trio.lowlevel import Abort, Task, TrioToken, enable_ki_protection
+
+
+@final
+@attrs.define(eq=False, repr=False)
+class Permits:
+    """The permits of one run, and the line of those who wait for some of them.
+
+    A permit is a token of a `trio.CapacityLimiter` whose borrower is an object of its own, so it
+    belongs to no task. The limiter's own line is never used: it knows no weights.
+    """
+
+    limiter: trio.CapacityLimiter
+    _borrowers: list[object] = attrs.field(factory=list[object], init=False)
+    _line: OrderedDict[Task, int] = attrs.field(factory=OrderedDict[Task, int], init=False)
+    _token: TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
+    entries: int = attrs.field(default=0, init=False)
+    """How many ``async with`` blocks of this run are open."""
+
+    @property
+    def borrowed(self) -> int:
+        """How many are taken."""
+        return len(self._borrowers)
+
+    @property
+    def waiting(self) -> int:
+        """How many tasks wait."""
+        return len(self._line)
+
+    @property
+    def is_of_this_run(self) -> bool:
+        """Whether the run that they belong to is the one in which this is asked."""
+        is_in_a_run = trio.lowlevel.in_trio_run()
+        return is_in_a_run and trio.lowlevel.current_trio_token() is self._token
+
+    def try_take(self, weight: int = 1) -> bool:
+        """Take them all, if they are there and nobody waits; tell whether that was so."""
+        if self._line or not (weight == 1 or self._has(weight)):
+            return False
+        try:
+            self._take(weight)
+        except trio.WouldBlock:  # of a single one, the limiter itself tells
+            return False
+        return True
+
+    @enable_ki_protection
+    async def wait(self, weight: int = 1) -> None:
+        """Wait in line and take them all; to be called if `try_take` fails."""
+        task = trio.lowlevel.current_task()
+        self._line[task] = weight
+
+        def abort(_: object) -> Abort:
+            del self._line[task]
+            self._serve()  # without a large request at the head, the next ones may fit
+            return Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def take(self) -> None:
+        """Take one, after a wait if there has to be."""
+        if not self.try_take():
+            await self.wait()
+
+    def give_back(self, weight: int = 1) -> None:
+        """Give so many back, and let those in who have waited longest."""
+        if weight > len(self._borrowers):
+            raise RuntimeError(f"can't release {weight} permits: {len(self._borrowers)} are held")
+        for _ in range(weight):
+            self.limiter.release_on_behalf_of(self._borrowers.pop())
+        if self._line:
+            self._serve()
+
+    def resize(self, total: int) -> None:
+        """Change how many there are; those that are held stay so."""
+        self.limiter.total_tokens = total
+        self._serve()
+
+    def _has(self, weight: int) -> bool:
+        return weight <= self.limiter.available_tokens
+
+    def _take(self, weight: int) -> None:
+        for _ in range(weight):
+            borrower = object()
+            self.limiter.acquire_on_behalf_of_nowait(borrower)
+            self._borrowers.append(borrower)
+
+    def _serve(self) -> None:
+        # A task that is woken has its permits already. To let it take them when it runs would
+        # leave a gap for a newcomer to jump into.
+        while self._line:
+            task = next(iter(self._line))
+            if not self._has(self._line[task]):
+                return
+            self._take(self._line.pop(task))
+            trio.lowlevel.reschedule(task)
+
+
+@final
+@attrs.define(eq=False, repr=False)
+class LimiterPermits:
+    """Permits of a `trio.CapacityLimiter` that others use, too: its own line is the line."""
+
+    limiter: trio.CapacityLimiter
+    _borrowers: list[object] = attrs.field(factory=list[object], init=False)
+
+    def try_take(self) -> bool:
+        """Take one, if there is one and nobody waits; tell whether that was so."""
+        borrower = object()
+        try:
+            self.limiter.acquire_on_behalf_of_nowait(borrower)
+        except trio.WouldBlock:
+            return False
+        self._borrowers.append(borrower)
+        return True
+
+    @enable_ki_protection
+    async def take(self) -> None:
+        """Take one, after a wait if there has to be."""
+        borrower = object()
+        await self.limiter.acquire_on_behalf_of(borrower)
+        self._borrowers.append(borrower)
+
+    def give_back(self) -> None:
+        """Give one back."""
+        self.limiter.release_on_behalf_of(self._borrowers.pop())
+
+
+class TakesPermits(Protocol):
+    """What a call that runs under a shared bound needs of it."""
+
+    def try_take(self) -> bool:
+        """Take one, if there is one and nobody waits; tell whether that was so."""
+        ...
+
+    async def take(self) -> None:
+        """Take one, after a wait if there has to be."""
+
+    def give_back(self) -> None:
+        """Give one back."""
+
+
+@final
+@attrs.frozen(eq=False, repr=False)
+class SharedBound:
+    """A bound that several calls share, by the object that the user made."""
+
+    owner: object
+    open: Callable[[], TakesPermits]
+    """Return what a call that begins now takes its permits from."""
+    total: Callable[[], float]
+    """Return how many permits there are at this moment."""

@@ -1,0 +1,249 @@
+"""Bound how much is in use at once, by permits that are counted and belong to nobody."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Never, TypeVar, TypeVarTuple, final
+
+import attrs
+import trio
+from trio.lowlevel import enable_ki_protection
+
+from trio_resilience._checks import integer, label
+from trio_resilience._engine._driver import run_unprotected
+from trio_resilience._engine._permits import Permits
+from trio_resilience._engine._policy import Policy, open_overrides, runs_of
+from trio_resilience._engine._run import RunState
+from trio_resilience._engine._waiting import Waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from types import TracebackType
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+@final
+@attrs.frozen
+class SemaphoreStatistics:
+    """How a `Semaphore` stands."""
+
+    permits: int
+    """How many there are; fewer may be there than are borrowed, if their number was lowered."""
+    borrowed: int
+    available: int
+    waiting: int
+    """Tasks in line."""
+
+
+def _permits(value: int) -> int:
+    return integer("permits", value, minimum=1)
+
+
+def _runs(semaphore: Semaphore) -> RunState[Permits]:
+    return RunState(lambda: Permits(trio.CapacityLimiter(semaphore.permits)))
+
+
+@final
+@attrs.define(eq=False, repr=False)
+class Semaphore(Policy[Never]):
+    """Let holders of *permits* permits in at once and make the rest wait in one fair line.
+
+    First come, first served, also for requests of several permits, which get all or none of them:
+    a large one at the head is served before small ones that came later, and nobody overtakes. Who
+    is cancelled in line gives up the place, and the next go in at once. Permits belong to no task:
+    what one has acquired, another may release.
+
+    Args:
+        permits: how many there are.
+        name: label of the semaphore in events.
+
+    `permits` can be set while the program runs. More let waiting tasks in at once. Fewer take
+    nothing away from those who hold some, and let nobody in until enough have come back; 0 lets
+    nobody in until it is raised again.
+
+    Example::
+
+        files = Semaphore(3)
+
+        async with files:
+            data = await trio.Path(name).read_bytes()
+
+        async with files.hold(2):
+            ...
+
+        data = await files.call(read, name)
+    """
+
+    _total: int = attrs.field(alias="permits", converter=_permits, on_setattr=attrs.setters.NO_OP)
+    name: str = attrs.field(default="semaphore", kw_only=True)
+    _runs: RunState[Permits] = attrs.field(
+        default=attrs.Factory(_runs, takes_self=True), init=False
+    )
+
+    @property
+    def permits(self) -> int:
+        """How many permits there are, held or not; settable, also to 0."""
+        return self._total
+
+    @permits.setter
+    def permits(self, total: int) -> None:
+        self._total = integer("permits", total, minimum=0)
+        runs = runs_of(self, self._runs)
+        if runs.peek() is not None:
+            runs.get().resize(total)
+
+    @property
+    def available_permits(self) -> int:
+        """How many permits could be taken now, if nobody waits."""
+        return self.statistics().available
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody holds a permit or waits for one."""
+        statistics = self.statistics()
+        return statistics.borrowed == statistics.waiting == 0
+
+    @enable_ki_protection
+    def acquire_nowait(self, weight: int = 1) -> None:
+        """Take *weight* permits, or raise `trio.WouldBlock`.
+
+        Raises:
+            ValueError: there are not so many permits in all.
+        """
+        self._check(weight)
+        if not self._here().try_take(weight):
+            raise trio.WouldBlock
+
+    @enable_ki_protection
+    async def acquire(self, weight: int = 1, *, wait_for_resize: bool = False) -> None:
+        """Take *weight* permits, all at once, when it is this request's turn.
+
+        Args:
+            weight: how many.
+            wait_for_resize: wait, rather than raise an error, if there are not so many in all. A
+                single permit is waited for anyway.
+
+        Raises:
+            ValueError: there are not so many permits in all.
+        """
+        self._check(weight, wait_for_resize=wait_for_resize)
+        await self._acquire(weight)
+
+    @enable_ki_protection
+    def release(self, weight: int = 1) -> None:
+        """Give *weight* permits back; who has waited longest is let in.
+
+        Raises:
+            RuntimeError: so many are not held; nothing has changed.
+        """
+        self._here().give_back(integer("weight", weight, minimum=1))
+
+    def hold(self, weight: int = 1, *, wait_for_resize: bool = False) -> Hold:
+        """Take *weight* permits for an ``async with`` block; all is as in `acquire`."""
+        self._check(weight, wait_for_resize=wait_for_resize)
+        return Hold(weight, self._acquire)
+
+    @enable_ki_protection
+    async def call(
+        self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
+    ) -> T:
+        """Return the result of ``fn(*args)``, run with a permit."""
+        permits = self._here()
+        if not permits.try_take():
+            await self._wait(permits, 1, label(fn) if name is None else name)
+        try:
+            return await run_unprotected(fn, *args)
+        finally:
+            permits.give_back()
+
+    def statistics(self) -> SemaphoreStatistics:
+        """Return how many permits there are, how many are taken, and how many tasks wait."""
+        permits = runs_of(self, self._runs).peek()
+        borrowed, waiting = (0, 0) if permits is None else (permits.borrowed, permits.waiting)
+        return SemaphoreStatistics(self._total, borrowed, max(0, self._total - borrowed), waiting)
+
+    def _check(self, weight: int, *, wait_for_resize: bool = False) -> None:
+        integer("weight", weight, minimum=1)
+        if weight > self._total and weight > 1 and not wait_for_resize:
+            raise ValueError(
+                f"`weight` must be <= {self._total}, the number of permits, got {weight}; pass"
+                " `wait_for_resize=True` to wait until there are more"
+            )
+
+    def _here(self) -> Permits:
+        return runs_of(self, self._runs).get() if open_overrides else self._runs.get()
+
+    @enable_ki_protection
+    async def _acquire(self, weight: int) -> Permits:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        permits = self._here()
+        if permits.try_take(weight):
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        else:
+            await self._wait(permits, weight, "acquire")
+        return permits
+
+    async def _wait(self, permits: Permits, weight: int, operation: str) -> None:
+        with Waiting(self.name, operation):
+            await permits.wait(weight)
+
+    @enable_ki_protection
+    async def __aenter__(self) -> None:
+        permits = await self._acquire(1)
+        permits.entries += 1
+
+    @enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        permits = runs_of(self, self._runs).here()
+        # A block that was left hanging by a run that died may end in a later one, or in none.
+        if permits is not None and permits.entries > 0:
+            permits.entries -= 1
+            permits.give_back()
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        return (
+            f"Semaphore({self._total}, name={self.name!r}:"
+            f" {now.borrowed} borrowed, {now.waiting} waiting)"
+        )
+
+
+@final
+@attrs.define(eq=False, repr=False)
+class Hold:
+    """Permits of a semaphore for the time of one ``async with`` block; see `Semaphore.hold`."""
+
+    _weight: int
+    _acquire: Callable[[int], Awaitable[Permits]]
+    _is_used: bool = attrs.field(default=False, init=False)
+    _permits: Permits = attrs.field(init=False)
+
+    @enable_ki_protection
+    async def __aenter__(self) -> None:
+        if self._is_used:
+            raise RuntimeError("a hold serves one block: call `hold()` anew for the next")
+        self._is_used = True
+        self._permits = await self._acquire(self._weight)
+
+    @enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # The permits of a run that has died have died with it.
+        if self._permits.is_of_this_run:
+            self._permits.give_back(self._weight)
+
+
+def permits_of(semaphore: Semaphore) -> Permits:
+    """Return the permits that the current run has of *semaphore*."""
+    here: Callable[[], Permits] = semaphore._here  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    return here()
