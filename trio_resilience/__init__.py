@@ -47,6 +47,11 @@ from trio_resilience._events import (
     WaitStarted,
     subscribe,
 )
+from trio_resilience._rate_limiter import (
+    CombinedRateLimiter,
+    RateLimiter,
+    RateLimiterStatistics,
+)
 from trio_resilience._retry import (
     Attempt,
     Retry,
@@ -67,6 +72,7 @@ __all__ = [
     "BulkheadStatistics",
     "CallAbandonedError",
     "CircuitOpenError",
+    "CombinedRateLimiter",
     "ConfigError",
     "Constant",
     "Decorrelated",
@@ -82,6 +88,8 @@ __all__ = [
     "OperationsFailedError",
     "Policy",
     "RateLimitExceededError",
+    "RateLimiter",
+    "RateLimiterStatistics",
     "Rejected",
     "RejectedError",
     "ResilienceError",

@@ -11,7 +11,7 @@ from trio.lowlevel import enable_ki_protection
 from trio_resilience._checks import integer, label
 from trio_resilience._engine._driver import run_unprotected
 from trio_resilience._engine._permits import Permits
-from trio_resilience._engine._policy import Policy, open_overrides, runs_of
+from trio_resilience._engine._policy import Policy, open_overrides, runs_here
 from trio_resilience._engine._run import RunState
 from trio_resilience._engine._waiting import Waiting
 
@@ -89,9 +89,9 @@ class Semaphore(Policy[Never]):
     @permits.setter
     def permits(self, total: int) -> None:
         self._total = integer("permits", total, minimum=0)
-        runs = runs_of(self, self._runs)
-        if runs.peek() is not None:
-            runs.get().resize(total)
+        for runs in {self._runs, runs_here(self._runs)}:
+            if runs.peek() is not None:
+                runs.get().resize(total)
 
     @property
     def available_permits(self) -> int:
@@ -159,7 +159,7 @@ class Semaphore(Policy[Never]):
 
     def statistics(self) -> SemaphoreStatistics:
         """Return how many permits there are, how many are taken, and how many tasks wait."""
-        permits = runs_of(self, self._runs).peek()
+        permits = runs_here(self._runs).peek()
         borrowed, waiting = (0, 0) if permits is None else (permits.borrowed, permits.waiting)
         return SemaphoreStatistics(self._total, borrowed, max(0, self._total - borrowed), waiting)
 
@@ -172,7 +172,7 @@ class Semaphore(Policy[Never]):
             )
 
     def _here(self) -> Permits:
-        return runs_of(self, self._runs).get() if open_overrides else self._runs.get()
+        return runs_here(self._runs).get() if open_overrides else self._runs.get()
 
     @enable_ki_protection
     async def _acquire(self, weight: int) -> Permits:
@@ -200,7 +200,7 @@ class Semaphore(Policy[Never]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        permits = runs_of(self, self._runs).here()
+        permits = runs_here(self._runs).here()
         # A block that was left hanging by a run that died may end in a later one, or in none.
         if permits is not None and permits.entries > 0:
             permits.entries -= 1

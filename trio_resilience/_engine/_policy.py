@@ -49,6 +49,15 @@ class Policy(ABC, Generic[F]):
         """
         return True
 
+    @property
+    def is_disposable(self) -> bool:
+        """Whether a new policy may take the place of this one at need, at the cost of its history.
+
+        Not if that would break a promise: while a circuit is open, permits are held or tasks wait
+        in line. `Keyed` keeps such a policy, also when it runs out of room.
+        """
+        return True
+
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T | F]]:
         """Decorate an async function: every call of it runs under this policy.
 
@@ -103,7 +112,7 @@ def overrides() -> Overrides | None:
     return next((mode for mode in around if mode in open_overrides), None)
 
 
-def runs_of(policy: object, own: RunState[S]) -> RunState[S]:
-    """Return the states, one for each run, that *policy* has here: its *own*, or fresh ones."""
+def runs_here(own: RunState[S]) -> RunState[S]:
+    """Return the states that count here: a policy's *own*, or fresh ones."""
     mode = overrides() if open_overrides else None
-    return own if mode is None else mode.state_of(policy, own, own.anew)
+    return own if mode is None else mode.state_of(own, own, own.anew)
