@@ -40,6 +40,7 @@ LAYERS: dict[str, list[str]] = {
         "_engine._outbox",
         "_engine._source",
         "_engine._policy",
+        "_engine._chooser",
         "_engine._plan",
         "_engine._pool",
         "_engine._ending",

@@ -8,6 +8,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Hashable,
     Iterable,
 )
 from datetime import timedelta
@@ -214,6 +215,9 @@ async def map_with_limit(
     policy: Policy[Never] | None = None,
     on_error: Raising = "cancel",
     on_done: OnDone[R] | None = None,
+    key: Callable[[T], Hashable] | None = None,
+    max_per_key: int | None = None,
+    lookahead: int = 1000,
 ) -> list[R]: ...
 @overload
 async def map_with_limit(
@@ -229,6 +233,9 @@ async def map_with_limit(
     policy: Policy[Never] | None = None,
     on_error: Literal["collect"],
     on_done: OnDone[R] | None = None,
+    key: Callable[[T], Hashable] | None = None,
+    max_per_key: int | None = None,
+    lookahead: int = 1000,
 ) -> list[Outcome[R]]: ...
 async def map_with_limit(
     nursery: trio.Nursery | None,
@@ -243,11 +250,22 @@ async def map_with_limit(
     policy: Policy[Never] | None = None,
     on_error: OnError = "cancel",
     on_done: OnDone[R] | None = None,
+    key: Callable[[T], Hashable] | None = None,
+    max_per_key: int | None = None,
+    lookahead: int = 1000,
 ) -> list[R] | list[Outcome[R]]:
     """Run ``fn(item)`` for every item, *max_concurrency* at a time; return the results in order.
 
     All is as in `run_with_limit`, but for the note on a failed leaf, which shows the item too:
-    ``operation 3: 'https://…'``.
+    ``operation 3: 'https://…'``. And further:
+
+    Args:
+        key: a plain function of the item. At most *max_per_key* of those with the same key run at
+            once; an item whose key is busy is set aside, and keeps no worker from those behind it.
+            It is called once for each item, when that is pulled, in the caller's context; if it
+            raises, that counts as the iterable raising.
+        max_per_key: how many with the same key run at once.
+        lookahead: set aside so many at the most; then the next item waits for one of them.
 
     Example::
 
@@ -257,7 +275,7 @@ async def map_with_limit(
     check_nursery(nursery)
     plan = make_plan(
         "map_with_limit", fn, items, _shared(max_concurrency), queue_size, timeout,
-        batch_size, delay_between_batches, policy, on_error, on_done,
+        batch_size, delay_between_batches, policy, on_error, on_done, key, max_per_key, lookahead,
     )  # fmt: skip
     return await _run(nursery, plan, items)
 
@@ -350,6 +368,9 @@ def stream_map_with_limit(
     delay_between_batches: Seconds = 0.0,
     policy: Policy[Never] | None = None,
     on_error: Raising = "cancel",
+    key: Callable[[T], Hashable] | None = None,
+    max_per_key: int | None = None,
+    lookahead: int = 1000,
     ordered: bool = False,
     buffer: int = 0,
 ) -> Stream[T, R]: ...
@@ -366,6 +387,9 @@ def stream_map_with_limit(
     delay_between_batches: Seconds = 0.0,
     policy: Policy[Never] | None = None,
     on_error: Literal["collect"],
+    key: Callable[[T], Hashable] | None = None,
+    max_per_key: int | None = None,
+    lookahead: int = 1000,
     ordered: bool = False,
     buffer: int = 0,
 ) -> Stream[T, Outcome[R]]: ...
@@ -381,12 +405,17 @@ def stream_map_with_limit(
     delay_between_batches: Seconds = 0.0,
     policy: Policy[Never] | None = None,
     on_error: OnError = "cancel",
+    key: Callable[[T], Hashable] | None = None,
+    max_per_key: int | None = None,
+    lookahead: int = 1000,
     ordered: bool = False,
     buffer: int = 0,
 ) -> Stream[T, R] | Stream[T, Outcome[R]]:
     """Run ``fn(item)`` for every item and yield ``(item, result)`` as they finish.
 
-    All is as in `stream_with_limit`, but for the item in the place of the index.
+    All is as in `stream_with_limit`, but for the item in the place of the index; *key*,
+    *max_per_key* and *lookahead* are as in `map_with_limit`. If the results are *ordered*, what is
+    set aside counts as running, so there are never more of both than ``max_concurrency + buffer``.
 
     Example::
 
@@ -397,7 +426,7 @@ def stream_map_with_limit(
     check_nursery(nursery)
     plan = make_plan(
         "stream_map_with_limit", fn, items, _shared(max_concurrency), queue_size, timeout,
-        batch_size, delay_between_batches, policy, on_error, None,
+        batch_size, delay_between_batches, policy, on_error, None, key, max_per_key, lookahead,
     )  # fmt: skip
     return Stream(nursery, plan, items, ordered=ordered, buffer=buffer)
 

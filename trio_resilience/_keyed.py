@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Generic, Never, TypeVar, TypeVarTuple, final
+from typing import TYPE_CHECKING, Any, Final, Generic, Never, TypeVar, TypeVarTuple, cast, final
 
 import attrs
 import trio
@@ -57,8 +57,17 @@ class KeyedStatistics:
     """How many were forgotten so far, for want of room or of use."""
 
 
-def _function(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    sync_callback(attribute.name, value)
+def _factory(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    if isinstance(value, Policy):
+        raise TypeError(
+            f"`factory` must be a function that returns a policy for a key, got {value!r}:"
+            " pass `lambda key: ...`"
+        )
+    sync_callback("factory", value)
+
+
+def _key(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    sync_callback("key", value)
 
 
 def _max_keys(value: int) -> int:
@@ -115,8 +124,8 @@ class Keyed(Policy[Never], Generic[K, PolicyT]):
             ...
     """
 
-    factory: Callable[[K], PolicyT] = attrs.field(validator=_function)
-    key: Callable[..., K] = attrs.field(kw_only=True, validator=_function)
+    factory: Callable[[K], PolicyT] = attrs.field(validator=_factory)
+    key: Callable[..., K] = attrs.field(kw_only=True, validator=_key)
     max_keys: int = attrs.field(default=1024, kw_only=True, converter=_max_keys)
     idle_after: float = attrs.field(default=math.inf, kw_only=True, converter=_idle_after)
     name: str = attrs.field(default="keyed", kw_only=True)
@@ -181,7 +190,7 @@ class Keyed(Policy[Never], Generic[K, PolicyT]):
 def _bound(key: Callable[..., K], fn: Callable[..., object]) -> Callable[..., K]:
     """Bind to *key* what *fn*, if it is a partial, and those within it bind to the function."""
     if isinstance(fn, partial):
-        bound: partial[object] = fn
+        bound = cast("partial[object]", fn)
         return partial(_bound(key, bound.func), *bound.args, **bound.keywords)
     return key
 
@@ -224,7 +233,7 @@ class _Table(Generic[K, PolicyT]):
     _shelves: tuple[OrderedDict[K, _Kept[K, PolicyT]], ...] = attrs.field(
         factory=lambda: (OrderedDict(), OrderedDict(), OrderedDict()), init=False
     )
-    _run: object = attrs.field(default=None, init=False)
+    run: object = attrs.field(default=None, init=False)
     """The one that pins, times and the order of the shelves belong to."""
     _look_again_at: float = attrs.field(default=-math.inf, init=False)
 
@@ -255,7 +264,7 @@ class _Table(Generic[K, PolicyT]):
     def pin(self, key: K) -> _Kept[K, PolicyT] | None:
         """Return what is kept for *key*, and is in use from now on; ``None`` if it is refused."""
         run = self.runs.get()
-        if run is not self._run:
+        if run is not self.run:
             self._begin(run)
         if self.idle_after < math.inf:
             self._forget()
@@ -298,7 +307,7 @@ class _Table(Generic[K, PolicyT]):
         abandoned = [kept for kept in self._kept.values() if kept.pins]
         for shelf in self._shelves:
             shelf.clear()
-        self._run, self._look_again_at = run, -math.inf
+        self.run, self._look_again_at = run, -math.inf
         for kept in (*staying, *warm, *idle, *abandoned):
             kept.pins = 0
             self._shelve(kept, _IDLE)
@@ -429,7 +438,7 @@ class _Pin(Generic[K, PolicyT]):
     @enable_ki_protection
     def __enter__(self) -> PolicyT | None:
         kept = self._kept = self._table.pin(self._key)
-        self._run = self._table.runs.here()
+        self._run = self._table.run
         return None if kept is None else kept.policy
 
     @enable_ki_protection
@@ -439,9 +448,10 @@ class _Pin(Generic[K, PolicyT]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        kept, self._kept = self._kept, None
         # The pins of a run that has died have died with it.
-        if self._kept is not None and self._table.runs.here() is self._run:
-            self._table.unpin(self._kept)
+        if kept is not None and self._table.runs.here() is self._run:
+            self._table.unpin(kept)
 
 
 @final

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections import OrderedDict
 from inspect import CO_COROUTINE
 from types import FunctionType
@@ -259,8 +258,10 @@ class _Limiter(Policy[Never]):
             await self._wait(1, label(fn) if name is None else name)
         # What is written `async def` needs no further check.
         if type(fn) is FunctionType and fn.__code__.co_flags & CO_COROUTINE:
-            return await fn(*args)
-        return await awaitable(fn, *args)
+            result: T = await fn(*args)
+        else:
+            result = await awaitable(fn, *args)
+        return result
 
     def statistics(self) -> RateLimiterStatistics:
         """Return how many could pass now, how many wait, and how many were refused."""
@@ -324,17 +325,14 @@ class _Limiter(Policy[Never]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """What has passed, has passed."""
+        """Do nothing: what has passed, has passed."""
 
-    @staticmethod
-    def _limits_of(limiters: tuple[_Limiter, ...]) -> tuple[_Limit, ...]:
-        for limiter in limiters:
-            if not isinstance(limiter, _Limiter):
-                raise TypeError(f"`limiters` must be rate limiters, got {limiter!r}")
-        if not limiters:
-            raise ValueError("`limiters` must be at least one")
-        limits = (limit for limiter in limiters for limit in limiter._limits)
-        return tuple(dict.fromkeys(limits))
+
+def _limits_of(limiter: object) -> tuple[_Limit, ...]:
+    if not isinstance(limiter, _Limiter):
+        raise TypeError(f"`all_of` takes rate limiters, got {limiter!r}")
+    limits: tuple[_Limit, ...] = limiter._limits  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    return limits
 
 
 def _has_delays() -> bool:
@@ -446,7 +444,10 @@ class RateLimiter(_Limiter):
 
             limiter = RateLimiter.all_of(RateLimiter(10), RateLimiter(300, per=60, burst=30))
         """
-        return CombinedRateLimiter(limiters, max_wait=max_wait, name=name)
+        if not limiters:
+            raise ValueError("`all_of` needs at least one limiter")
+        limits = [limit for limiter in limiters for limit in _limits_of(limiter)]
+        return CombinedRateLimiter(tuple(dict.fromkeys(limits)), max_wait=max_wait, name=name)
 
     def __repr__(self) -> str:
         return f"RateLimiter({self._limits[0]!r}, name={self.name!r})"
@@ -464,12 +465,12 @@ class CombinedRateLimiter(_Limiter):
 
     def __init__(
         self,
-        limiters: tuple[RateLimiter | CombinedRateLimiter, ...],
+        limits: tuple[_Limit, ...],
         *,
         max_wait: float | timedelta,
         name: str,
     ) -> None:
-        self._limits = self._limits_of(limiters)
+        self._limits = limits
         self.max_wait = _max_wait(max_wait)
         self.name = name
         self._counts = _Counts()

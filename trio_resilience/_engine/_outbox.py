@@ -28,6 +28,8 @@ class Outbox:
     capacity: Callable[[], float]
     buffer: int
     ordered: bool
+    on_free: Callable[[], object] | None = attrs.field(default=None, init=False)
+    """Called when a place has been given back."""
     _places: int = attrs.field(default=0, init=False)
     _ready: deque[Any] = attrs.field(factory=deque[Any], init=False)
     _early: dict[int, Any] = attrs.field(factory=dict[int, Any], init=False)
@@ -41,7 +43,15 @@ class Outbox:
     async def reserve(self) -> None:
         """Take a place for an operation that is about to start; wait until there is one."""
         await self.wait_for_room()
+        self.take_place()
+
+    def take_place(self) -> None:
+        """Take a place, whether there is one or not."""
         self._places += 1
+
+    def has_place(self) -> bool:
+        """Tell whether there is a place for one that may have to wait for its start."""
+        return self._places < self.capacity()
 
     def has_room(self) -> bool:
         """Tell whether another operation may start."""
@@ -71,6 +81,8 @@ class Outbox:
         self._places -= 1
         if self._stalled:
             trio.lowlevel.reschedule(self._stalled.popleft())
+        if self.on_free is not None:
+            self.on_free()
 
     @enable_ki_protection
     def put(self, index: int, result: object) -> None:

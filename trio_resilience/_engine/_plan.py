@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Hashable, Iterable
 from typing import Any, Literal, TypeAlias, cast, final
 
 import attrs
@@ -34,6 +34,9 @@ class Plan:
     delay_between_batches: float
     on_error: OnError
     on_done: Callable[[int, Any], object] | None
+    key: Callable[[Any], Hashable] | None = None
+    max_per_key: int = 1
+    lookahead: int = 1
     is_map: bool = False
     """Whether an item is an argument of a function that all share, rather than an operation."""
 
@@ -50,6 +53,9 @@ def make_plan(
     policy: object,
     on_error: OnError,
     on_done: Callable[[int, Any], object] | None,
+    key: Callable[[Any], Hashable] | None = None,
+    max_per_key: object = None,
+    lookahead: object = 1,
 ) -> Plan:
     """Check what the four functions have in common, before anything runs."""
     if fn is not None:
@@ -69,6 +75,9 @@ def make_plan(
         delay_between_batches=seconds("delay_between_batches", delay_between_batches, finite=True),
         on_error=one_of("on_error", on_error, ("cancel", "continue", "collect")),
         on_done=on_done,
+        key=key,
+        max_per_key=_checked_max_per_key(key, max_per_key),
+        lookahead=integer("lookahead", lookahead, minimum=1),
         is_map=fn is not None,
     )
     if plan.delay_between_batches > 0 and batch_size is None:
@@ -90,6 +99,17 @@ def _checked_bound(max_concurrency: object) -> int | SharedBound:
             f" {max_concurrency!r}: pass that as `policy`"
         )
     return integer("max_concurrency", max_concurrency, minimum=1)
+
+
+def _checked_max_per_key(key: object, max_per_key: object) -> int:
+    if key is None:
+        if max_per_key is not None:
+            raise ValueError("`max_per_key` needs a `key`")
+        return 1
+    sync_callback("key", key)
+    if max_per_key is None:
+        raise ValueError("`key` needs a `max_per_key`")
+    return integer("max_per_key", max_per_key, minimum=1)
 
 
 def checked_policy(policy: object) -> Policy[object]:

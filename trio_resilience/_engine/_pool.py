@@ -8,7 +8,7 @@ moved to where this operation's time ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from itertools import chain, islice
@@ -20,6 +20,7 @@ from outcome import Error, Value
 from trio.lowlevel import Abort, Task, disable_ki_protection, enable_ki_protection
 
 from trio_resilience._checks import NotAnOperationError, callable_operation, label
+from trio_resilience._engine._chooser import Chooser, Key
 from trio_resilience._engine._driver import (
     COROUTINE,
     Drive,
@@ -101,6 +102,8 @@ class Pool:
     """Those of a shared bound that our workers hold."""
     _bound: TakesPermits = attrs.field(init=False)
     """Where they come from."""
+    _chooser: Chooser | None = attrs.field(default=None, init=False)
+    """Who decides what runs next, if that depends on keys."""
     _has_seeker: bool = attrs.field(default=False, init=False)
     """Whether a worker waits for a shared bound, or for what the next operation needs besides."""
     _outer: tuple[_Permit, ...] = attrs.field(factory=_held_here.get, init=False)
@@ -116,6 +119,34 @@ class Pool:
             self._async_source = AsyncSource(items, self.abort)
         else:
             self._pairs = numbered(items, self.caller)
+        if self.plan.key is not None:
+            self._chooser = self._make_chooser(self.plan.key)
+            if self.outbox is not None and self._places_are_pulled():
+                self.outbox.on_free = self._chooser.rouse
+
+    def _make_chooser(self, key: Key) -> Chooser:
+        outbox = self.outbox if self._places_are_pulled() else None
+
+        @disable_ki_protection
+        def key_of(item: object) -> Hashable:
+            return self.caller.run(key, item)
+
+        return Chooser(
+            key=key_of,
+            most=self.plan.max_per_key,
+            lookahead=self.plan.lookahead,
+            pull=self._pull_counted if outbox is None else self._pull_into_place,
+            may_go_on=lambda: self._may_go_on() and not self._stopping,
+            has_room=(lambda: True) if outbox is None else outbox.has_place,
+        )
+
+    def _places_are_pulled(self) -> bool:
+        """Tell whether an item has its place in the outbox from when it is pulled.
+
+        In order, what is set aside holds up the results of all that come after it. So it must not
+        have to wait for a place that those take up.
+        """
+        return self.plan.key is not None and self.outbox is not None and self.outbox.ordered
 
     # --- the supervising task -------------------------------------------------------------------
 
@@ -252,7 +283,7 @@ class Pool:
                                     pair = item = value = context = coro = None
                                     drive.unload()
                                     task.context, scope.deadline = home, math.inf
-                                    pair, permit = await self._admit(permit)
+                                    pair, permit = await self._admit(permit, index)
                             except trio.Cancelled:
                                 raise
                             except BaseException as error:  # noqa: BLE001 - comes out as it is
@@ -316,6 +347,7 @@ class Pool:
         return (
             self.outbox is not None
             or self._async_source is not None
+            or self.plan.key is not None
             or not isinstance(self.plan.max_concurrency, int)
         )
 
@@ -326,29 +358,38 @@ class Pool:
             self._start_worker()
 
     @enable_ki_protection
-    async def _admit(self, done: _Permit | None) -> tuple[Pair | None, _Permit | None]:
-        """Give back the permit of what is *done*; wait for what the next operation needs; pull it.
+    async def _admit(self, done: _Permit | None, index: int) -> tuple[Pair | None, _Permit | None]:
+        """Give back what operation *index* had; wait for what the next one needs; pull that.
 
         Under a shared bound one worker at a time seeks. So the call has one place in the limiter's
         line, and a slow source, or consumer, keeps no more than one permit from others.
         """
         self._give_back(done)
+        if self._chooser is not None:
+            self._chooser.finished(index)
         if isinstance(self.plan.max_concurrency, int):
             return await self._seek(), None
         if self._has_seeker:
             return None, None
         self._has_seeker = True
         try:
-            permit = await self._take_useful_permit(self.plan.max_concurrency)
-            pair = None if permit is None else await self._seek()
+            pair, permit = await self._seek_under(self.plan.max_concurrency)
         finally:
             self._has_seeker = False
         if pair is None:
             self._give_back(permit)
             return None, None
-        if self._may_go_on():
+        if self._may_go_on() if self._chooser is None else not self._chooser.is_drained():
             self._start_worker()
         return pair, permit
+
+    async def _seek_under(self, bound: SharedBound) -> tuple[Pair | None, _Permit | None]:
+        if self._chooser is None:
+            permit = await self._take_useful_permit(bound)
+            return None if permit is None else await self._seek(), permit
+        # It may be long until a key is free, and others have a use for the permit meanwhile.
+        pair = await self._seek()
+        return pair, None if pair is None else await self._take_permit(bound)
 
     def _may_go_on(self) -> bool:
         """Tell whether another operation may turn up in this batch; a list is seen to its end."""
@@ -356,23 +397,38 @@ class Pool:
         return self._left > 0 and not is_used_up
 
     async def _seek(self) -> Pair | None:
-        if self.outbox is not None:
-            await self.outbox.reserve()
-        pair = None
-        if self._may_go_on() and not self._stopping:
-            self._left -= 1
-            pair = await self._pull()
+        outbox = None if self._places_are_pulled() else self.outbox
+        if outbox is not None:
+            await outbox.reserve()
+        pair = await (self._pull_counted() if self._chooser is None else self._chooser.next())
         if pair is None or self._stopping:
             # Whoever comes after this has nothing to wait for either.
             self._left = 0
-            if self.outbox is not None:
-                self.outbox.free()
+            if outbox is not None:
+                outbox.free()
             return None
-        index = pair[0]
-        self.started = max(self.started, index + 1)
         if self.outbox is None:
-            # Those whom an async source has served at once may come in any order.
-            self.results.extend([MISSING] * (index + 1 - len(self.results)))
+            # They may come in any order: of an async source, or where keys decide.
+            self.results.extend([MISSING] * (pair[0] + 1 - len(self.results)))
+        return pair
+
+    async def _pull_counted(self) -> Pair | None:
+        if self._stopping or not self._may_go_on():
+            return None
+        self._left -= 1
+        pair = await self._pull()
+        if pair is None:
+            self._left = 0
+        else:
+            self.started = max(self.started, pair[0] + 1)
+        return pair
+
+    async def _pull_into_place(self) -> Pair | None:
+        assert self.outbox is not None
+        self.outbox.take_place()
+        pair = await self._pull_counted()
+        if pair is None:
+            self.outbox.free()
         return pair
 
     @disable_ki_protection
