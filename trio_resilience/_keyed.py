@@ -143,27 +143,34 @@ class Keyed(Policy[Never], Generic[K, PolicyT]):
         """Whether no key is in use, and none of the policies has to stay."""
         return self._here().rank() < _STAYS
 
+    @enable_ki_protection
     async def call(
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, run under the policy of its key."""
-        with _Pin(self._here(), self._key_of(fn, args)) as policy:
-            if policy is not None:
-                return await policy.call(fn, *args, name=name)
-        raise await self._refusal(label(fn) if name is None else name)
+        table, key = self._here(), self._key_of(fn, args)
+        kept = table.pin(key)
+        if kept is None:
+            raise await self._refusal(label(fn) if name is None else name)
+        run = table.run
+        try:
+            return await _run_under(kept.policy, fn, args, name)
+        finally:
+            table.unpin(kept, run)
 
     def hold(self, key: K) -> AbstractAsyncContextManager[PolicyT]:
         """Use the policy of *key* in a block of code, during which it is not forgotten.
 
         It is not entered: ``async with keyed.hold(host) as limiter, limiter:`` does that, too.
         """
-        return _Hold(lambda: _Pin(self._here(), key), self._refusal)
+        return _Hold(key, self._here, self._refusal)
 
     def statistics(self) -> KeyedStatistics:
         """Return how many policies are kept, and how many of them are in use."""
         table = self._here()
         return KeyedStatistics(table.keys, table.in_use, table.evicted)
 
+    @disable_ki_protection
     def _key_of(self, fn: Callable[..., object], args: tuple[object, ...]) -> K:
         try:
             return _bound(self.key, fn)(*args)
@@ -277,8 +284,10 @@ class _Table(Generic[K, PolicyT]):
             kept.pins += 1
         return kept
 
-    def unpin(self, kept: _Kept[K, PolicyT]) -> None:
-        """Let it go when there is need, unless others use it, too."""
+    def unpin(self, kept: _Kept[K, PolicyT], run: object) -> None:
+        """Take back a pin of *run*; that of a run that has died has died with it."""
+        if self.runs.here() is not run:
+            return
         kept.pins -= 1
         if not kept.pins:
             self._shelve(kept, _IDLE)
@@ -311,7 +320,6 @@ class _Table(Generic[K, PolicyT]):
         for kept in (*staying, *warm, *idle, *abandoned):
             kept.pins = 0
             self._shelve(kept, _IDLE)
-        self._shed()
 
     def _shed(self) -> None:
         """Drop what came on top of `max_keys`, as far as it may go."""
@@ -405,6 +413,13 @@ def _oldest(shelf: OrderedDict[K, _Kept[K, PolicyT]]) -> _Kept[K, PolicyT]:
 
 
 @disable_ki_protection
+async def _run_under(
+    policy: Policy[Never], fn: Callable[[*Ts], Awaitable[T]], args: tuple[*Ts], name: str | None
+) -> T:
+    return await policy.call(fn, *args, name=name)
+
+
+@disable_ki_protection
 def _make(factory: Callable[[K], PolicyT], key: K) -> PolicyT:
     _refuse_coroutine("key", key)
     policy = factory(key)
@@ -427,53 +442,28 @@ def _refuse_coroutine(name: str, value: object) -> None:
 
 @final
 @attrs.define(eq=False, repr=False)
-class _Pin(Generic[K, PolicyT]):
-    """Keep the policy of *key* in use for the time of a block."""
-
-    _table: _Table[K, PolicyT]
-    _key: K
-    _kept: _Kept[K, PolicyT] | None = attrs.field(default=None, init=False)
-    _run: object = attrs.field(default=None, init=False)
-
-    @enable_ki_protection
-    def __enter__(self) -> PolicyT | None:
-        kept = self._kept = self._table.pin(self._key)
-        self._run = self._table.run
-        return None if kept is None else kept.policy
-
-    @enable_ki_protection
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        kept, self._kept = self._kept, None
-        # The pins of a run that has died have died with it.
-        if kept is not None and self._table.runs.here() is self._run:
-            self._table.unpin(kept)
-
-
-@final
-@attrs.define(eq=False, repr=False)
 class _Hold(Generic[K, PolicyT]):
     """A policy in use for the time of one ``async with`` block; see `Keyed.hold`."""
 
-    _make_pin: Callable[[], _Pin[K, PolicyT]]
+    _key: K
+    _find_table: Callable[[], _Table[K, PolicyT]]
     _refusal: Callable[[str], Awaitable[BulkheadFullError]]
-    _pin: _Pin[K, PolicyT] | None = attrs.field(default=None, init=False)
+    _unpin: Callable[[], None] | None = attrs.field(default=None, init=False)
+    _is_used: bool = attrs.field(default=False, init=False)
 
     @enable_ki_protection
     async def __aenter__(self) -> PolicyT:
-        if self._pin is not None:
+        if self._is_used:
             raise RuntimeError("a hold serves one block: call `hold()` anew for the next")
-        self._pin = self._make_pin()
+        self._is_used = True
         await trio.lowlevel.checkpoint_if_cancelled()
-        policy = self._pin.__enter__()
-        if policy is None:
+        table = self._find_table()
+        kept = table.pin(self._key)
+        if kept is None:
             raise await self._refusal("acquire")
+        self._unpin = partial(table.unpin, kept, table.run)
         await trio.lowlevel.cancel_shielded_checkpoint()
-        return policy
+        return kept.policy
 
     @enable_ki_protection
     async def __aexit__(
@@ -482,5 +472,6 @@ class _Hold(Generic[K, PolicyT]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._pin is not None
-        self._pin.__exit__(exc_type, exc, traceback)
+        unpin, self._unpin = self._unpin, None
+        assert unpin is not None
+        unpin()

@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from trio_resilience._cli._demo import Setting, run_demo
 from trio_resilience._cli._faults import ProfileName
 from trio_resilience._cli._fetch import Options, run_fetch
+from trio_resilience._cli._rate import Rate, parse_rate
 from trio_resilience._cli._terminal import (
     EXIT_BROKEN_PIPE,
     EXIT_INTERRUPTED,
@@ -47,14 +48,18 @@ app = App(
 )
 
 
-def _positive(_type: object, value: float) -> None:
-    if not value > 0:  # written this way round so that NaN fails too
+def _positive(_type: object, value: float | None) -> None:
+    if value is not None and not value > 0:  # written this way round so that NaN fails too
         raise ValueError("Must be > 0.")
 
 
 def _whole(_type: object, tokens: Sequence[Token]) -> int:
     # Left to itself, cyclopts rounds 1.5 to a number that nobody asked for.
     return int(tokens[0].value)
+
+
+def _rate(_type: object, tokens: Sequence[Token]) -> Rate:
+    return parse_rate(tokens[0].value)
 
 
 Count = Annotated[int, Parameter(converter=_whole, validator=_positive)]
@@ -102,6 +107,9 @@ async def fetch(
     max_concurrency: Count = 10,
     timeout: Seconds = 30.0,
     max_attempts: Count = 4,
+    rate: Annotated[Rate | None, Parameter(converter=_rate, n_tokens=1, accepts_keys=False)] = None,
+    burst: Count | None = None,
+    max_per_host: Count | None = None,
 ) -> int:
     """Fetch URLs, and print a line of JSON for each as soon as it is done.
 
@@ -125,16 +133,30 @@ async def fetch(
     max_concurrency
         How many at a time.
     timeout
-        Seconds for each URL, all attempts and the waits between them included.
+        Seconds for each URL, all attempts and the waits between them included, but not the waits
+        for its turn under the rate.
     max_attempts
         How often each URL is tried.
+    rate
+        How fast requests go out, as 10/s (or just 10), 300/min or 5000/h. Every request counts,
+        whatever its host: also each further attempt and each redirect. They are spaced evenly.
+    burst
+        How many requests may go out at once after a pause, instead of one. Needs a rate.
+    max_per_host
+        How many at a time of the URLs with the same host and port, as they are given; a redirect
+        elsewhere does not count. To find one whose host is free, up to 1000 are read ahead.
     """
+    if burst is not None and rate is None:
+        raise UsageError("--burst needs a --rate")
     directory = None if output_dir is None else trio.Path(output_dir)
     options = Options(
         max_concurrency=max_concurrency,
         max_attempts=max_attempts,
         timeout=timeout,
         output_dir=directory,
+        rate=rate,
+        burst=burst or 1,
+        max_per_host=max_per_host,
     )
     return await run_fetch(urls, input, options)
 

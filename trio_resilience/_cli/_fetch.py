@@ -14,10 +14,12 @@ import trio
 from trio_resilience import (
     Exponential,
     OperationsCancelledError,
+    OperationTimeoutError,
     Retry,
     stream_map_with_limit,
 )
 from trio_resilience._cli._causes import BadURLError, explain, is_worth_retrying
+from trio_resilience._cli._rate import Rate, Turns, host_of
 from trio_resilience._cli._saving import file_name, saved_whole
 from trio_resilience._cli._terminal import (
     EXIT_BROKEN_PIPE,
@@ -42,6 +44,8 @@ MAX_SILENCE: Final = 10.0
 """Seconds without a byte after which an attempt is given up, if the operation's time allows it."""
 SILENCES: Final = 3
 """How many silent attempts fit into the time of an operation."""
+LOOKAHEAD: Final = 1000
+"""How many URLs are read ahead, at most, to find one whose host is free."""
 
 
 @final
@@ -52,8 +56,16 @@ class Options:
     max_concurrency: int
     max_attempts: int
     timeout: float
-    """Seconds for a URL, with all attempts and waits."""
+    """Seconds for a URL, with all attempts and the waits between them, but not for its turn."""
     output_dir: trio.Path | None
+    rate: Rate | None = None
+    burst: int = 1
+    max_per_host: int | None = None
+
+    @property
+    def turns(self) -> Turns:
+        """What every request waits for."""
+        return Turns(None if self.rate is None else self.rate.limiter(self.burst))
 
     @property
     def retry(self) -> Retry:
@@ -65,9 +77,8 @@ class Options:
             name="fetch",
         )
 
-    @property
-    def client(self) -> httpx2.AsyncClient:
-        """A client that gives an attempt up when the server falls silent.
+    def client(self, turns: Turns) -> httpx2.AsyncClient:
+        """Return a client that gives an attempt up when the server falls silent.
 
         So there is time for another. A body that keeps coming may take all the time there is.
         """
@@ -79,24 +90,56 @@ class Options:
             limits=httpx2.Limits(
                 max_connections=None, max_keepalive_connections=self.max_concurrency
             ),
+            event_hooks={"response": [turns.wait_to_follow]},
         )
 
 
 @final
 @attrs.define(eq=False)
-class Downloader:
-    """The operation: make one attempt at a job."""
+class Tally:
+    """How far a call of ``fetch`` is, in URLs."""
 
+    begun: int = 0
+    """Of which a request has gone out."""
+    fetched: int = 0
+    failed: int = 0
+
+    @property
+    def midway(self) -> int:
+        """How many have begun and are not done."""
+        return self.begun - self.fetched - self.failed
+
+
+@final
+@attrs.define(eq=False)
+class Downloader:
+    """The operation: fetch what a job names, in as many attempts as it takes and may take."""
+
+    options: Options
+    turns: Turns
     client: httpx2.AsyncClient
-    output_dir: trio.Path | None
+    retry: Retry
+    tally: Tally
 
     async def __call__(self, job: Job) -> None:
-        """Receive the whole body, chunk by chunk, and save it if there is a place for it."""
+        """Return when the body is there, or raise why it is not."""
         if job.problem is not None:
+            self.tally.begun += 1
             raise BadURLError(job.problem)
+        with trio.CancelScope(relative_deadline=self.options.timeout) as patience:
+            await self.retry.call(self._attempt, job, patience)
+            return
+        raise OperationTimeoutError(self.options.timeout, "fetch")
+
+    async def _attempt(self, job: Job, patience: trio.CancelScope) -> None:
+        """Receive the whole body, chunk by chunk, and save it if there is a place for it."""
+        await self.turns.wait(patience)
+        self.tally.begun += job.attempts == 0
         job.begin_attempt(trio.current_time())
         try:
-            async with self.client.stream("GET", job.url) as response:
+            async with self.client.stream(
+                "GET", job.url, extensions={"patience": patience}
+            ) as response:
                 job.status = response.status_code
                 response.raise_for_status()
                 await self._receive(response, job)
@@ -106,8 +149,8 @@ class Downloader:
     async def _receive(self, response: httpx2.Response, job: Job) -> None:
         async with AsyncExitStack() as stack:
             write = None
-            if self.output_dir is not None:
-                path = self.output_dir / file_name(job.url)
+            if self.options.output_dir is not None:
+                path = self.options.output_dir / file_name(job.url)
                 write = await stack.enter_async_context(saved_whole(path, job.number))
             chunks = await stack.enter_async_context(aclosing(response.aiter_bytes()))
             async for chunk in chunks:
@@ -124,8 +167,7 @@ class Session:
     options: Options
     source: JobSource
     progress: Progress
-    _fetched: int = attrs.field(default=0, init=False)
-    _failed: int = attrs.field(default=0, init=False)
+    tally: Tally = attrs.field(factory=Tally, init=False)
 
     async def run(self) -> int:
         """Fetch everything; return the exit status."""
@@ -150,33 +192,35 @@ class Session:
         except UsageError as error:
             complain(str(error))
             return EXIT_USAGE
-        return EXIT_FAILED if self._failed else 0
+        return EXIT_FAILED if self.tally.failed else 0
 
     async def _fetch_all(self, home: trio.Nursery) -> None:
         options = self.options
         bar = self.progress.add_task("fetching", total=None, note="")
+        turns = options.turns
         async with (
-            options.client as client,
+            options.client(turns) as client,
             stream_map_with_limit(
                 home,
-                Downloader(client, options.output_dir),
+                Downloader(options, turns, client, options.retry, self.tally),
                 self.source,
                 max_concurrency=options.max_concurrency,
-                timeout=options.timeout,
-                policy=options.retry,
+                key=None if options.max_per_host is None else _host_of,
+                max_per_key=options.max_per_host,
+                lookahead=LOOKAHEAD,
                 on_error="collect",
             ) as results,
         ):
             async for job, result in results:
                 await self._report(job, result)
-                self.progress.update(bar, advance=1, note=f"{self._failed} failed")
+                self.progress.update(bar, advance=1, note=f"{self.tally.failed} failed")
 
     async def _report(self, job: Job, result: outcome.Value[None] | outcome.Error) -> None:
         error = result.error if isinstance(result, outcome.Error) else None
         if error is None:
-            self._fetched += 1
+            self.tally.fetched += 1
         else:
-            self._failed += 1
+            self.tally.failed += 1
         if job.problem is not None:
             complain(job.problem)
         with set_aside(self.progress):
@@ -196,10 +240,15 @@ class Session:
         return record
 
     def _account(self) -> str:
-        stopped = self.source.issued - self._fetched - self._failed
+        done = self.tally
         return (
-            f"interrupted: {self._fetched} fetched, {self._failed} failed, {stopped} stopped midway"
+            f"interrupted: {done.fetched} fetched, {done.failed} failed,"
+            f" {done.midway} stopped midway"
         )
+
+
+def _host_of(job: Job) -> object:
+    return None if job.problem is not None else host_of(job.url)
 
 
 async def _keep_nursery(*, task_status: trio.TaskStatus[trio.Nursery]) -> None:

@@ -48,7 +48,8 @@ class Chooser:
     """A heap of what was set aside and may run now."""
     _waiting: int = attrs.field(default=0, init=False)
     """How many items are set aside, or ready."""
-    _pulling: int = attrs.field(default=0, init=False)
+    _is_pulling: bool = attrs.field(default=False, init=False)
+    """Whether a worker is pulling an item: one at a time, so that they come in their order."""
     _idle: deque[Task] = attrs.field(factory=deque[Task], init=False)
     """Workers that wait for an item that may run."""
 
@@ -92,9 +93,13 @@ class Chooser:
         else:
             heappush(self._ready, pair)
 
+    def has_ready(self) -> bool:
+        """Tell whether an item that was set aside looks for a worker."""
+        return bool(self._ready)
+
     def is_drained(self) -> bool:
         """Tell whether every item has been handed out."""
-        return not (self._waiting or self._pulling or self.may_go_on())
+        return not (self._waiting or self._is_pulling or self.may_go_on())
 
     def rouse(self) -> None:
         """Wake those who wait for items, if there may be some, or if there will be none."""
@@ -105,16 +110,16 @@ class Chooser:
             trio.lowlevel.reschedule(self._idle.popleft(), Value(None))
 
     def _may_pull(self) -> bool:
-        is_full = self._waiting + self._pulling >= self.lookahead
-        return not is_full and self.may_go_on() and self.has_room()
+        is_kept = self._is_pulling or self._waiting >= self.lookahead
+        return not is_kept and self.may_go_on() and self.has_room()
 
     async def _pull(self) -> Pair | None:
         """Pull one item, and return it if it may run at once."""
-        self._pulling += 1
+        self._is_pulling = True
         try:
             pair = await self.pull()
         finally:
-            self._pulling -= 1
+            self._is_pulling = False
         if pair is None:
             self.rouse()
             return None

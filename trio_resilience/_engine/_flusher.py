@@ -156,7 +156,7 @@ class Flusher:
         await trio.lowlevel.checkpoint()
         if self._opener is None:
             raise RuntimeError(
-                f"the batcher {self.name!r} needs a block: `async with open_batcher(...) as batcher:`"
+                f"{self.name!r} needs its block: `async with open_batcher(...) as batcher:`"
             )
         if self.is_closing:
             raise trio.ClosedResourceError(f"the block of {self.name!r} has ended")
@@ -193,14 +193,21 @@ class Flusher:
         self.is_complete = not self._nursery.cancel_scope.cancel_called
 
     async def _supervise(self) -> None:
-        while True:
-            while self._running < self.max_concurrency and (reason := self._due()) is not None:
+        while not (self.is_closing and not self._line):
+            reason = self._due()
+            if reason is None:
+                await self._park()
+            else:
                 self._start(self._next_batch(reason))
-            if self.is_closing and not self._line:
-                return
-            with trio.CancelScope(deadline=self._deadline()) as self._alarm:
-                self._supervisor = trio.lowlevel.current_task()
-                await trio.lowlevel.wait_task_rescheduled(self._abort)
+                if self._due() is not None:
+                    # Of two tasks that start in one pass, trio may run the second first.
+                    await trio.lowlevel.checkpoint()
+
+    async def _park(self) -> None:
+        is_waiting = self._running < self.max_concurrency and bool(self._line)
+        with trio.CancelScope(deadline=self._old_enough() if is_waiting else math.inf) as scope:
+            self._alarm, self._supervisor = scope, trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
 
     def _abort(self, _: object) -> Abort:
         self._supervisor = None
@@ -213,7 +220,7 @@ class Flusher:
 
     def _due(self) -> Reason | None:
         """Return why a batch is to be processed now, if it is."""
-        if not self._line:
+        if not self._line or self._running == self.max_concurrency:
             return None
         if self.is_closing:
             return "close"
@@ -223,10 +230,6 @@ class Flusher:
 
     def _old_enough(self) -> float:
         return next(iter(self._line)).since + self.max_age
-
-    def _deadline(self) -> float:
-        is_free = self._running < self.max_concurrency
-        return self._old_enough() if is_free and self._line else math.inf
 
     def close(self) -> None:
         """Accept nothing more, and process all that waits."""

@@ -104,8 +104,10 @@ class Pool:
     """Where they come from."""
     _chooser: Chooser | None = attrs.field(default=None, init=False)
     """Who decides what runs next, if that depends on keys."""
-    _has_seeker: bool = attrs.field(default=False, init=False)
-    """Whether a worker waits for a shared bound, or for what the next operation needs besides."""
+    _seekers: int = attrs.field(default=0, init=False)
+    """How many workers wait for a shared bound, or for what the next operation needs besides."""
+    _is_in_line: bool = attrs.field(default=False, init=False)
+    """Whether one of them has what it needs but for the permit."""
     _outer: tuple[_Permit, ...] = attrs.field(factory=_held_here.get, init=False)
     _began: dict[int, float] = attrs.field(factory=dict[int, float], init=False)
     """When running operations began, while somebody listens."""
@@ -129,7 +131,11 @@ class Pool:
 
         @disable_ki_protection
         def key_of(item: object) -> Hashable:
-            return self.caller.run(key, item)
+            try:
+                return self.caller.run(key, item)
+            except (StopIteration, StopAsyncIteration) as error:
+                # As in a generator: out of an iterator it would mean something else.
+                raise RuntimeError(f"`key` raised {type(error).__name__}") from error
 
         return Chooser(
             key=key_of,
@@ -362,20 +368,21 @@ class Pool:
         """Give back what operation *index* had; wait for what the next one needs; pull that.
 
         Under a shared bound one worker at a time seeks. So the call has one place in the limiter's
-        line, and a slow source, or consumer, keeps no more than one permit from others.
+        line, and a slow source, or consumer, keeps no more than one permit from others. Only if
+        that one waits for the source, does another take up an item whose key has come free.
         """
         self._give_back(done)
         if self._chooser is not None:
             self._chooser.finished(index)
         if isinstance(self.plan.max_concurrency, int):
             return await self._seek(), None
-        if self._has_seeker:
+        if self._seekers and not self._has_work_besides():
             return None, None
-        self._has_seeker = True
+        self._seekers += 1
         try:
             pair, permit = await self._seek_under(self.plan.max_concurrency)
         finally:
-            self._has_seeker = False
+            self._seekers -= 1
         if pair is None:
             self._give_back(permit)
             return None, None
@@ -389,7 +396,16 @@ class Pool:
             return None if permit is None else await self._seek(), permit
         # It may be long until a key is free, and others have a use for the permit meanwhile.
         pair = await self._seek()
-        return pair, None if pair is None else await self._take_permit(bound)
+        if pair is None:
+            return None, None
+        self._is_in_line = True
+        try:
+            return pair, await self._take_permit(bound)
+        finally:
+            self._is_in_line = False
+
+    def _has_work_besides(self) -> bool:
+        return self._chooser is not None and not self._is_in_line and self._chooser.has_ready()
 
     def _may_go_on(self) -> bool:
         """Tell whether another operation may turn up in this batch; a list is seen to its end."""
