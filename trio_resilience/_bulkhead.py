@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Never, TypeVar, TypeVarTuple, final
 
 import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from trio_resilience._checks import integer, label, seconds
+from trio_resilience._checks import integer, label, operation, seconds
 from trio_resilience._engine._driver import run_unprotected
-from trio_resilience._engine._permits import Permits
-from trio_resilience._engine._policy import Policy, open_overrides, overrides
+from trio_resilience._engine._permits import OpenBlocks, Permits
+from trio_resilience._engine._policy import LivePolicy, open_overrides, overrides
 from trio_resilience._engine._report import report
 from trio_resilience._engine._waiting import Waiting
 from trio_resilience._errors import BulkheadFullError
@@ -61,7 +62,7 @@ def _max_wait(value: float | timedelta) -> float:
 
 @final
 @attrs.frozen(eq=False, repr=False)
-class Bulkhead(Policy[Never]):
+class Bulkhead(LivePolicy[Never]):
     """Let *max_concurrency* calls run at a time, make a few more wait, and refuse the rest at once.
 
     Who waits is served first come, first served; nobody overtakes, and who is cancelled in line
@@ -99,6 +100,7 @@ class Bulkhead(Policy[Never]):
         default=attrs.Factory(lambda self: Semaphore(self.max_concurrency), takes_self=True),
         init=False,
     )
+    _blocks: OpenBlocks = attrs.field(factory=OpenBlocks, init=False)
     _counts: _Counts = attrs.field(factory=_Counts, init=False)
 
     @property
@@ -118,12 +120,7 @@ class Bulkhead(Policy[Never]):
         Raises:
             BulkheadFullError: the line is full, or *max_wait* is over.
         """
-        await trio.lowlevel.checkpoint_if_cancelled()
-        permits = permits_of(self._semaphore)
-        if permits.try_take():
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        else:
-            await self._wait(permits, "acquire")
+        await self._acquire()
 
     @enable_ki_protection
     def release(self) -> None:
@@ -139,6 +136,7 @@ class Bulkhead(Policy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, run when there is room for it."""
+        operation("fn", fn)
         permits = permits_of(self._semaphore)
         if not permits.try_take():
             await self._wait(permits, label(fn) if name is None else name)
@@ -158,17 +156,33 @@ class Bulkhead(Policy[Never]):
             rejections=self._current_counts().rejections,
         )
 
+    @enable_ki_protection
+    async def _acquire(self) -> Permits:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        permits = permits_of(self._semaphore)
+        if permits.try_take():
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        else:
+            await self._wait(permits, "acquire")
+        return permits
+
+    @enable_ki_protection
     async def _wait(self, permits: Permits, operation: str) -> None:
         if self.queue_size is not None and permits.waiting >= self.queue_size:
             await trio.lowlevel.checkpoint()
             raise self._refusal(operation, None)
-        with (
-            trio.CancelScope(relative_deadline=self.max_wait),
-            Waiting(self.name, operation),
-        ):
-            await permits.wait()
-            return
-        raise self._refusal(operation, self.max_wait)
+        has_one = False
+        try:
+            with Waiting(self.name, operation):
+                with trio.CancelScope(relative_deadline=self.max_wait):
+                    await permits.wait()
+                    has_one = True
+        except BaseException:
+            if has_one:  # a listener has raised what stops the program
+                permits.give_back()
+            raise
+        if not has_one:
+            raise self._refusal(operation, self.max_wait)
 
     def _refusal(self, operation: str, waited: float | None) -> BulkheadFullError:
         self._current_counts().rejections += 1
@@ -182,8 +196,7 @@ class Bulkhead(Policy[Never]):
 
     @enable_ki_protection
     async def __aenter__(self) -> None:
-        await self.acquire()
-        permits_of(self._semaphore).entries += 1
+        self._blocks.begin(sys._getframe(1), await self._acquire())
 
     @enable_ki_protection
     async def __aexit__(
@@ -192,7 +205,7 @@ class Bulkhead(Policy[Never]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._semaphore.__aexit__(exc_type, exc, traceback)
+        self._blocks.end(sys._getframe(1))
 
     def __repr__(self) -> str:
         now = self.statistics()

@@ -37,28 +37,37 @@ def integer(name: str, value: object, *, minimum: int) -> int:
     return int(value)
 
 
-def number(name: str, value: object, *, minimum: float = 0.0, finite: bool = False) -> float:
-    """Return *value* as a float if it is a real number of at least *minimum*."""
+def number(
+    name: str,
+    value: object,
+    *,
+    minimum: float = 0.0,
+    finite: bool = False,
+    exclusive: bool = False,
+) -> float:
+    """Return *value* as a float if it is a real number of at least *minimum*, or above it."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}")
     try:
         result = float(value)
     except OverflowError:
         raise ValueError(f"`{name}` must be a number that a float can hold") from None
-    if not result >= minimum:  # written this way round so that NaN fails too
-        raise ValueError(f"`{name}` must be >= {minimum:g}, got {value!r}")
+    # Written this way round so that NaN fails too.
+    if not (result > minimum if exclusive else result >= minimum):
+        rule = ">" if exclusive else ">="
+        raise ValueError(f"`{name}` must be {rule} {minimum:g}, got {value!r}")
     if finite and result == math.inf:
         raise ValueError(f"`{name}` must be finite, got {value!r}")
     return result
 
 
-def seconds(name: str, value: object, *, finite: bool = False) -> float:
-    """Return *value* as seconds: a number or a `datetime.timedelta`, and not negative."""
+def seconds(name: str, value: object, *, finite: bool = False, exclusive: bool = False) -> float:
+    """Return *value* as seconds: a number or a `datetime.timedelta`, not negative, or above 0."""
     if isinstance(value, timedelta):
         value = value.total_seconds()
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be seconds or a timedelta, got {value!r}")
-    return number(name, value, finite=finite)
+    return number(name, value, finite=finite, exclusive=exclusive)
 
 
 def flag(name: str, value: object) -> bool:

@@ -15,7 +15,7 @@ import trio
 from trio.lowlevel import disable_ki_protection, enable_ki_protection
 
 from trio_resilience._checks import integer, label, operation, seconds, sync_callback
-from trio_resilience._engine._policy import Policy, open_overrides, overrides
+from trio_resilience._engine._policy import LivePolicy, Policy, open_overrides, overrides
 from trio_resilience._engine._report import report
 from trio_resilience._engine._run import RunState
 from trio_resilience._errors import BulkheadFullError
@@ -84,7 +84,7 @@ def _table(keyed: Keyed[K, PolicyT]) -> _Table[K, PolicyT]:
 
 @final
 @attrs.frozen(eq=False, repr=False)
-class Keyed(Policy[Never], Generic[K, PolicyT]):
+class Keyed(LivePolicy[Never], Generic[K, PolicyT]):
     """Run each call under the policy of its key: a limit per host, a circuit per tenant.
 
     Waiting on one key never delays another. The policies are made when they are first needed, and
@@ -148,7 +148,8 @@ class Keyed(Policy[Never], Generic[K, PolicyT]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, run under the policy of its key."""
-        table, key = self._here(), self._key_of(fn, args)
+        operation("fn", fn)
+        table, key = self._here(), _key_of(self.key, fn, args)
         kept = table.pin(key)
         if kept is None:
             raise await self._refusal(label(fn) if name is None else name)
@@ -158,7 +159,7 @@ class Keyed(Policy[Never], Generic[K, PolicyT]):
         finally:
             table.unpin(kept, run)
 
-    def hold(self, key: K) -> AbstractAsyncContextManager[PolicyT]:
+    def hold(self, key: K) -> AbstractAsyncContextManager[PolicyT, None]:
         """Use the policy of *key* in a block of code, during which it is not forgotten.
 
         It is not entered: ``async with keyed.hold(host) as limiter, limiter:`` does that, too.
@@ -169,14 +170,6 @@ class Keyed(Policy[Never], Generic[K, PolicyT]):
         """Return how many policies are kept, and how many of them are in use."""
         table = self._here()
         return KeyedStatistics(table.keys, table.in_use, table.evicted)
-
-    @disable_ki_protection
-    def _key_of(self, fn: Callable[..., object], args: tuple[object, ...]) -> K:
-        try:
-            return _bound(self.key, fn)(*args)
-        except Exception:
-            operation("fn", fn)  # that it is no operation at all would be the first mistake
-            raise
 
     def _here(self) -> _Table[K, PolicyT]:
         mode = overrides() if open_overrides else None
@@ -192,6 +185,11 @@ class Keyed(Policy[Never], Generic[K, PolicyT]):
     def __repr__(self) -> str:
         now = self.statistics()
         return f"Keyed(name={self.name!r}: {now.keys} of {self.max_keys} keys, {now.in_use} in use)"
+
+
+@disable_ki_protection
+def _key_of(key: Callable[..., K], fn: Callable[..., object], args: tuple[object, ...]) -> K:
+    return _bound(key, fn)(*args)
 
 
 def _bound(key: Callable[..., K], fn: Callable[..., object]) -> Callable[..., K]:
@@ -377,11 +375,10 @@ class _Table(Generic[K, PolicyT]):
         return None
 
     def _free_again(self) -> _Kept[K, PolicyT] | None:
-        """Look at all that had to stay; not for every call, when they are many."""
-        shelf = self._shelves[_STAYS]
-        if len(shelf) <= _FEW or trio.current_time() < self._look_again_at:
+        """Look at all that had to stay, but not for every call: they may be many."""
+        if trio.current_time() < self._look_again_at:
             return None
-        for kept in shelf.values():
+        for kept in self._shelves[_STAYS].values():
             if _rank(kept.policy) < _STAYS:
                 return kept
         self._look_again_at = trio.current_time() + _BELIEVED

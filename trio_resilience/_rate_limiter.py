@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from inspect import CO_COROUTINE
+from itertools import count
 from types import FunctionType
 from typing import TYPE_CHECKING, Never, TypeVar, TypeVarTuple, final
 
@@ -12,10 +13,10 @@ import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from trio_resilience._algorithms._gcra import Gcra, interval_of
-from trio_resilience._checks import integer, label, number, seconds
+from trio_resilience._algorithms._gcra import Gcra, interval_of, resolution
+from trio_resilience._checks import integer, label, number, operation, seconds
 from trio_resilience._engine._driver import awaitable
-from trio_resilience._engine._policy import Policy, open_overrides, overrides, runs_here
+from trio_resilience._engine._policy import LivePolicy, open_overrides, overrides, runs_here
 from trio_resilience._engine._report import report
 from trio_resilience._engine._run import RunState
 from trio_resilience._engine._waiting import Waiting
@@ -23,7 +24,7 @@ from trio_resilience._errors import RateLimitExceededError
 from trio_resilience._events import Rejected
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
     from datetime import timedelta
     from types import TracebackType
 
@@ -62,14 +63,18 @@ class _Bucket:
     line: OrderedDict[_Waiter, None] = attrs.field(factory=OrderedDict["_Waiter", None], init=False)
     ahead: int = attrs.field(default=0, init=False)
     """What all those in line want together."""
+    joint: int = attrs.field(default=0, init=False)
+    """How many of them are in other lines too."""
 
     def append(self, waiter: _Waiter) -> None:
         self.line[waiter] = None
         self.ahead += waiter.cost
+        self.joint += len(waiter.buckets) > 1
 
     def remove(self, waiter: _Waiter) -> None:
         del self.line[waiter]
         self.ahead -= waiter.cost
+        self.joint -= len(waiter.buckets) > 1
         self.alert_head()
 
     def alert_head(self) -> None:
@@ -94,6 +99,8 @@ class _Waiter:
     buckets: tuple[_Bucket, ...]
     latest: float
     """When it gives up, in seconds of trio's clock."""
+    number: int = attrs.field(factory=count().__next__, init=False)
+    """Who comes later has a higher one."""
     _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
 
     async def wait(self) -> bool:
@@ -137,18 +144,46 @@ class _Waiter:
         return min(self.latest, max(bucket.rule.due(self.cost) for bucket in self.buckets))
 
 
+def _predict(newcomer: _Waiter, now: float) -> float:
+    """Return for how many seconds *newcomer* would wait, after all who are in line before it."""
+    if not any(bucket.joint for bucket in newcomer.buckets):
+        return max(
+            bucket.rule.wait(now, newcomer.cost, bucket.ahead) for bucket in newcomer.buckets
+        )
+    # Who is in several lines may be held up in one and hold up the others. So all of them have
+    # their turn on paper, in the order in which they came.
+    rules: dict[_Bucket, Gcra] = {}
+    latest: dict[_Bucket, float] = {}
+    for waiter in [*_connected(newcomer.buckets), newcomer]:
+        for bucket in waiter.buckets:
+            rules.setdefault(bucket, attrs.evolve(bucket.rule))
+        turn = max(latest.get(bucket, now) for bucket in waiter.buckets)
+        passes = turn + max(rules[bucket].wait(turn, waiter.cost) for bucket in waiter.buckets)
+        for bucket in waiter.buckets:
+            rules[bucket].take(passes, waiter.cost)
+            latest[bucket] = passes
+    return passes - now
+
+
+def _connected(buckets: Iterable[_Bucket]) -> list[_Waiter]:
+    """Return who waits in these lines, or in one that holds any of them up, in their order."""
+    todo, known = list(buckets), set[_Bucket]()
+    waiters = set[_Waiter]()
+    while todo:
+        bucket = todo.pop()
+        if bucket not in known:
+            known.add(bucket)
+            waiters.update(bucket.line)
+            todo.extend(other for waiter in bucket.line for other in waiter.buckets)
+    return sorted(waiters, key=lambda waiter: waiter.number)
+
+
 def _rate(value: float) -> float:
-    return _above_zero("rate", number("rate", value, finite=True))
+    return number("rate", value, finite=True, exclusive=True)
 
 
 def _per(value: float | timedelta) -> float:
-    return _above_zero("per", seconds("per", value, finite=True))
-
-
-def _above_zero(name: str, value: float) -> float:
-    if value == 0:
-        raise ValueError(f"`{name}` must be > 0, got {value!r}")
-    return value
+    return seconds("per", value, finite=True, exclusive=True)
 
 
 def _burst(value: int) -> int:
@@ -180,13 +215,13 @@ class _Limit:
         """Return what has passed here, in this run."""
         return runs_here(self.runs).get() if open_overrides else self.runs.get()
 
+    @enable_ki_protection
     def change_rate(self, rate: float) -> None:
+        known = {self.runs, runs_here(self.runs)}
+        for bucket in [runs.get() for runs in known if runs.peek() is not None]:
+            bucket.rule.change_interval(bucket.now(), interval_of(rate, self.per))
+            bucket.alert_head()
         self.rate = rate
-        for runs in {self.runs, runs_here(self.runs)}:
-            if runs.peek() is not None:
-                bucket = runs.get()
-                bucket.rule.change_interval(trio.current_time(), interval_of(rate, self.per))
-                bucket.alert_head()
 
     def statistics(self) -> tuple[int, int]:
         """Return how many could pass, and how many wait."""
@@ -199,7 +234,7 @@ class _Limit:
         return f"{self.rate:g}, per={self.per:g}, burst={self.burst}"
 
 
-class _Limiter(Policy[Never]):
+class _Limiter(LivePolicy[Never]):
     """What one limit and several at once have in common."""
 
     __slots__ = ()
@@ -217,7 +252,7 @@ class _Limiter(Policy[Never]):
     @property
     def retry_after(self) -> float:
         """Seconds until one more would pass, after all who wait already; 0.0: now."""
-        return self._predict(1)
+        return self._predict(1) if trio.lowlevel.in_trio_run() else 0.0
 
     @property
     def is_idle(self) -> bool:
@@ -254,13 +289,13 @@ class _Limiter(Policy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, called when the rate allows it."""
+        # What is written `async def` needs no check.
+        is_coroutine_function = type(fn) is FunctionType and fn.__code__.co_flags & CO_COROUTINE
+        if not is_coroutine_function:
+            operation("fn", fn)
         if not self._try_take(1):
             await self._wait(1, label(fn) if name is None else name)
-        # What is written `async def` needs no further check.
-        if type(fn) is FunctionType and fn.__code__.co_flags & CO_COROUTINE:
-            result: T = await fn(*args)
-        else:
-            result = await awaitable(fn, *args)
+        result: T = await (fn(*args) if is_coroutine_function else awaitable(fn, *args))
         return result
 
     def statistics(self) -> RateLimiterStatistics:
@@ -290,21 +325,20 @@ class _Limiter(Policy[Never]):
 
     @enable_ki_protection
     async def _wait(self, cost: int, operation: str) -> None:
-        predicted = self._predict(cost)
-        if predicted > self.max_wait:
+        now = trio.current_time()
+        most = self.max_wait + resolution(now)
+        if most < math.inf and (predicted := self._predict(cost)) > most:
             await trio.lowlevel.checkpoint()
             raise self._refusal(operation, predicted)
-        buckets = tuple(limit.bucket() for limit in self._limits)
-        waiter = _Waiter(cost, buckets, trio.current_time() + self.max_wait)
+        waiter = _Waiter(cost, tuple(limit.bucket() for limit in self._limits), now + most)
         with Waiting(self.name, operation):
             is_in_time = await waiter.wait()
         if not is_in_time:
             raise self._refusal(operation, self._predict(cost))
 
     def _predict(self, cost: int) -> float:
-        now = trio.current_time()
-        buckets = [limit.bucket() for limit in self._limits]
-        return max(bucket.rule.wait(now, cost, bucket.ahead) for bucket in buckets)
+        buckets = tuple(limit.bucket() for limit in self._limits)
+        return _predict(_Waiter(cost, buckets, math.inf), trio.current_time())
 
     def _refusal(self, operation: str, retry_after: float) -> RateLimitExceededError:
         self._current_counts().rejections += 1
@@ -330,7 +364,7 @@ class _Limiter(Policy[Never]):
 
 def _limits_of(limiter: object) -> tuple[_Limit, ...]:
     if not isinstance(limiter, _Limiter):
-        raise TypeError(f"`all_of` takes rate limiters, got {limiter!r}")
+        raise TypeError(f"`limiters` must be rate limiters, got {limiter!r}")
     limits: tuple[_Limit, ...] = limiter._limits  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     return limits
 

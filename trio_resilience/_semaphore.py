@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Never, TypeVar, TypeVarTuple, final
 
 import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from trio_resilience._checks import integer, label
+from trio_resilience._checks import flag, integer, label, operation
 from trio_resilience._engine._driver import run_unprotected
-from trio_resilience._engine._permits import Permits
-from trio_resilience._engine._policy import Policy, open_overrides, runs_here
+from trio_resilience._engine._permits import OpenBlocks, Permits
+from trio_resilience._engine._policy import LivePolicy, open_overrides, runs_here
 from trio_resilience._engine._run import RunState
 from trio_resilience._engine._waiting import Waiting
 
@@ -46,7 +47,7 @@ def _runs(semaphore: Semaphore) -> RunState[Permits]:
 
 @final
 @attrs.define(eq=False, repr=False)
-class Semaphore(Policy[Never]):
+class Semaphore(LivePolicy[Never]):
     """Let holders of *permits* permits in at once and make the rest wait in one fair line.
 
     First come, first served, also for requests of several permits, which get all or none of them:
@@ -77,9 +78,13 @@ class Semaphore(Policy[Never]):
 
     _total: int = attrs.field(alias="permits", converter=_permits, on_setattr=attrs.setters.NO_OP)
     name: str = attrs.field(default="semaphore", kw_only=True)
+    _first_total: int = attrs.field(
+        default=attrs.Factory(lambda self: self._total, takes_self=True), init=False
+    )
     _runs: RunState[Permits] = attrs.field(
         default=attrs.Factory(_runs, takes_self=True), init=False
     )
+    _blocks: OpenBlocks = attrs.field(factory=OpenBlocks, init=False)
 
     @property
     def permits(self) -> int:
@@ -87,11 +92,13 @@ class Semaphore(Policy[Never]):
         return self._total
 
     @permits.setter
+    @enable_ki_protection
     def permits(self, total: int) -> None:
-        self._total = integer("permits", total, minimum=0)
-        for runs in {self._runs, runs_here(self._runs)}:
-            if runs.peek() is not None:
-                runs.get().resize(total)
+        total = integer("permits", total, minimum=0)
+        known = {self._runs, runs_here(self._runs)}
+        for permits in [runs.get() for runs in known if runs.peek() is not None]:
+            permits.resize(total)
+        self._total = total
 
     @property
     def available_permits(self) -> int:
@@ -100,9 +107,9 @@ class Semaphore(Policy[Never]):
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody holds a permit or waits for one."""
-        statistics = self.statistics()
-        return statistics.borrowed == statistics.waiting == 0
+        """Whether nobody holds a permit or waits for one, and there are as many as at first."""
+        now = self.statistics()
+        return now.borrowed == now.waiting == 0 and self._total == self._first_total
 
     @enable_ki_protection
     def acquire_nowait(self, weight: int = 1) -> None:
@@ -149,6 +156,7 @@ class Semaphore(Policy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, run with a permit."""
+        operation("fn", fn)
         permits = self._here()
         if not permits.try_take():
             await self._wait(permits, 1, label(fn) if name is None else name)
@@ -165,7 +173,8 @@ class Semaphore(Policy[Never]):
 
     def _check(self, weight: int, *, wait_for_resize: bool = False) -> None:
         integer("weight", weight, minimum=1)
-        if weight > self._total and weight > 1 and not wait_for_resize:
+        may_wait = flag("wait_for_resize", wait_for_resize) or weight == 1
+        if weight > self._total and not may_wait:
             raise ValueError(
                 f"`weight` must be <= {self._total}, the number of permits, got {weight}; pass"
                 " `wait_for_resize=True` to wait until there are more"
@@ -185,13 +194,25 @@ class Semaphore(Policy[Never]):
         return permits
 
     async def _wait(self, permits: Permits, weight: int, operation: str) -> None:
-        with Waiting(self.name, operation):
-            await permits.wait(weight)
+        has_them = False
+        try:
+            with Waiting(self.name, operation):
+                await permits.wait(weight)
+                has_them = True
+        except BaseException:
+            if has_them:  # a listener has raised what stops the program
+                permits.give_back(weight)
+            raise
 
     @enable_ki_protection
     async def __aenter__(self) -> None:
-        permits = await self._acquire(1)
-        permits.entries += 1
+        await trio.lowlevel.checkpoint_if_cancelled()
+        permits = self._here() if open_overrides else self._runs.get()
+        if permits.try_take():
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        else:
+            await self._wait(permits, 1, "acquire")
+        self._blocks.begin(sys._getframe(1), permits)
 
     @enable_ki_protection
     async def __aexit__(
@@ -200,11 +221,7 @@ class Semaphore(Policy[Never]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        permits = runs_here(self._runs).here()
-        # A block that was left hanging by a run that died may end in a later one, or in none.
-        if permits is not None and permits.entries > 0:
-            permits.entries -= 1
-            permits.give_back()
+        self._blocks.end(sys._getframe(1))
 
     def __repr__(self) -> str:
         now = self.statistics()

@@ -79,15 +79,16 @@ class Gcra:
             self.full_at = ticks
         self.full_at += cost * self.interval
 
-    def due(self, cost: int, ahead: int = 0) -> float:
-        """Return when, in seconds, *cost* may pass, after *ahead* that wait before it."""
-        return (self.full_at + (ahead + cost - self.burst) * self.interval) / _SECOND
+    def due(self, cost: int) -> float:
+        """Return when, in seconds, *cost* may pass."""
+        return (self.full_at + (cost - self.burst) * self.interval) / _SECOND
 
     def wait(self, now: float, cost: int, ahead: int = 0) -> float:
         """Return for how many seconds *cost* has to wait, after *ahead* that wait before it."""
-        due = self.full_at + (ahead + cost - self.burst) * self.interval
-        ticks = due - int(now * _SECOND)
-        return ticks / _SECOND if ticks > _resolution(now) else 0.0
+        ticks = int(now * _SECOND)
+        full_at = max(self.full_at, ticks)  # nobody has passed since, however late it is
+        wait = full_at + (ahead + cost - self.burst) * self.interval - ticks
+        return wait / _SECOND if wait > _resolution(now) else 0.0
 
     def available(self, now: float) -> int:
         """Return how many may pass at once."""
@@ -102,6 +103,11 @@ class Gcra:
         self.interval = interval
 
 
+def resolution(now: float) -> float:
+    """Return the seconds by which two instants may differ and be the same for the clock."""
+    return _resolution(now) / _SECOND
+
+
 def _resolution(now: float) -> int:
-    """Return the ticks by which two instants may differ and be the same for the clock."""
+    """Return the same in ticks."""
     return _NANOSECOND if now < _COARSE else int(2 * math.ulp(now) * _SECOND)

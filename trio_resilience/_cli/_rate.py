@@ -35,10 +35,10 @@ def parse_rate(text: str) -> Rate:
     """Read ``10/s``, ``300/min``, ``5000/h`` or ``10``; anything else is a `ValueError`."""
     written = _WRITTEN.fullmatch(text)
     if written is None:
-        raise ValueError(f"Must be like 10/s, 300/min or 5000/h, got {ascii(text[:80])}.")
+        raise ValueError(f"Must be like 10/s, 300/min or 5000/h, got {text[:80]!a}.")
     requests = float(written[1])
     if not 0 < requests < math.inf:
-        raise ValueError(f"Must be > 0 and finite, got {ascii(text[:80])}.")
+        raise ValueError(f"Must be > 0 and finite, got {text[:80]!a}.")
     return Rate(requests, UNITS[written[2]])
 
 

@@ -14,11 +14,11 @@ from typing import Any, Literal, TypeAlias, final
 import attrs
 import trio
 from outcome import Error, Value
-from trio.lowlevel import Abort, Task, disable_ki_protection, enable_ki_protection
+from trio.lowlevel import Abort, Task, enable_ki_protection
 
 from trio_resilience._checks import label
 from trio_resilience._engine._copies import own_copy
-from trio_resilience._engine._driver import awaitable
+from trio_resilience._engine._driver import run_unprotected
 from trio_resilience._engine._report import report
 from trio_resilience._errors import OperationsCancelledError
 from trio_resilience._events import BatchFlushed
@@ -285,11 +285,10 @@ class Flusher:
             self._end(batch, outcomes, error)
             del batch, outcomes, error
 
-    @disable_ki_protection
     async def _call(self, items: list[Any]) -> list[Any] | Exception:
         """Return the results, or what is wrong with them; raise what `process` raises."""
         count = len(items)
-        results = await awaitable(self.process, items)
+        results = await run_unprotected(self.process, items)
         if results is None:
             return [None] * count
         if not _is_sequence(results):

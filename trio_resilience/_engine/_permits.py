@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from types import FrameType
 from typing import Protocol, final
 
 import attrs
@@ -24,8 +25,6 @@ class Permits:
     _borrowers: list[object] = attrs.field(factory=list[object], init=False)
     _line: OrderedDict[Task, int] = attrs.field(factory=OrderedDict[Task, int], init=False)
     _token: TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token, init=False)
-    entries: int = attrs.field(default=0, init=False)
-    """How many ``async with`` blocks of this run are open."""
 
     @property
     def borrowed(self) -> int:
@@ -56,6 +55,8 @@ class Permits:
     @enable_ki_protection
     async def wait(self, weight: int = 1) -> None:
         """Wait in line and take them all; to be called if `try_take` fails."""
+        if self.try_take(weight):  # a listener that heard of the wait has changed something
+            return
         task = trio.lowlevel.current_task()
         self._line[task] = weight
 
@@ -103,6 +104,43 @@ class Permits:
                 return
             self._take(self._line.pop(task))
             trio.lowlevel.reschedule(task)
+
+
+@final
+@attrs.define(eq=False, repr=False)
+class OpenBlocks:
+    """The ``async with`` blocks of an object that are open, and where each has its permit from.
+
+    The object is entered itself, so nothing else is there to keep this. And one block is told from
+    another by nothing but the frame it is in: a task may be in several; and a coroutine that a
+    crashed run has left behind ends its block whenever it is collected, in whatever task.
+    """
+
+    _held: dict[FrameType, list[Permits]] = attrs.field(
+        factory=dict[FrameType, list[Permits]], init=False
+    )
+
+    def begin(self, frame: FrameType | None, permits: Permits) -> None:
+        """Note that a block in this frame holds a permit."""
+        assert frame is not None
+        self._held.setdefault(frame, []).append(permits)
+
+    def end(self, frame: FrameType | None) -> None:
+        """Give back the permit of the block in this frame, unless it has died with its run."""
+        if frame not in self._held:
+            # An exit stack enters and leaves from frames of its own. It doesn't matter which block
+            # of this run is taken for its: they are all alike.
+            frame = next((each for each in self._held if self._is_alive(each)), None)
+        if frame is None:
+            return
+        permits = self._held[frame].pop()
+        if not self._held[frame]:
+            del self._held[frame]
+        if permits.is_of_this_run:
+            permits.give_back()
+
+    def _is_alive(self, frame: FrameType) -> bool:
+        return self._held[frame][-1].is_of_this_run
 
 
 @final

@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
-from typing import Any, Generic, ParamSpec, TypeVar, TypeVarTuple, cast, final
+from typing import Any, Generic, Never, ParamSpec, TypeVar, TypeVarTuple, cast, final
 from weakref import WeakKeyDictionary
 
 import attrs
@@ -76,6 +76,17 @@ class Policy(ABC, Generic[F]):
             return await call(functools.partial(fn, **kwargs) if kwargs else fn, *args, name=name)
 
         return wrapper
+
+
+class LivePolicy(Policy[F]):
+    """A policy that holds permits, lines or tokens: there is one of it, and no copy."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Never:
+        """Refuse to be copied or pickled: a copy would hold nothing of what this one does."""
+        kind = type(self).__name__
+        raise TypeError(f"a {kind} can't be copied or pickled: it has live state; make a new one")
 
 
 @final

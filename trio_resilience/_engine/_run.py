@@ -58,7 +58,7 @@ class RunState(Generic[S]):
 def _is_live(token: TrioToken) -> bool:
     try:
         token.run_sync_soon(_do_nothing)
-    except trio.RunFinishedError:
+    except (trio.RunFinishedError, OSError):  # the latter if trio itself has crashed
         return False
     return True
 
