@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import TYPE_CHECKING, Never, TypeVar, TypeVarTuple, final
 
 import attrs
@@ -12,7 +11,7 @@ from trio.lowlevel import enable_ki_protection
 
 from trio_resilience._checks import integer, label, operation, seconds
 from trio_resilience._engine._driver import run_unprotected
-from trio_resilience._engine._permits import OpenBlocks, Permits
+from trio_resilience._engine._permits import OpenBlocks, Permits, caller
 from trio_resilience._engine._policy import LivePolicy, open_overrides, overrides
 from trio_resilience._engine._report import report
 from trio_resilience._engine._waiting import Waiting
@@ -173,10 +172,13 @@ class Bulkhead(LivePolicy[Never]):
             raise self._refusal(operation, None)
         has_one = False
         try:
-            with Waiting(self.name, operation):
-                with trio.CancelScope(relative_deadline=self.max_wait):
-                    await permits.wait()
-                    has_one = True
+            # The limit is within: its expiry ends the wait, and doesn't cancel it.
+            with (
+                Waiting(self.name, operation),
+                trio.CancelScope(relative_deadline=self.max_wait),
+            ):
+                await permits.wait()
+                has_one = True
         except BaseException:
             if has_one:  # a listener has raised what stops the program
                 permits.give_back()
@@ -196,7 +198,7 @@ class Bulkhead(LivePolicy[Never]):
 
     @enable_ki_protection
     async def __aenter__(self) -> None:
-        self._blocks.begin(sys._getframe(1), await self._acquire())
+        self._blocks.begin(caller(), await self._acquire())
 
     @enable_ki_protection
     async def __aexit__(
@@ -205,7 +207,7 @@ class Bulkhead(LivePolicy[Never]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._blocks.end(sys._getframe(1))
+        self._blocks.end(caller())
 
     def __repr__(self) -> str:
         now = self.statistics()

@@ -154,6 +154,7 @@ def _predict(newcomer: _Waiter, now: float) -> float:
     # their turn on paper, in the order in which they came.
     rules: dict[_Bucket, Gcra] = {}
     latest: dict[_Bucket, float] = {}
+    passes = now
     for waiter in [*_connected(newcomer.buckets), newcomer]:
         for bucket in waiter.buckets:
             rules.setdefault(bucket, attrs.evolve(bucket.rule))
@@ -202,9 +203,11 @@ class _Limit:
     rate: float
     per: float
     burst: int
+    first_rate: float = attrs.field(init=False)
     runs: RunState[_Bucket] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self.first_rate = self.rate
         self.runs = RunState(self._start)
 
     def _start(self) -> _Bucket:
@@ -229,6 +232,9 @@ class _Limit:
         if bucket is None:
             return self.burst, 0
         return bucket.rule.available(trio.current_time()), len(bucket.line)
+
+    def is_idle(self) -> bool:
+        return self.statistics() == (self.burst, 0) and self.rate == self.first_rate
 
     def __repr__(self) -> str:
         return f"{self.rate:g}, per={self.per:g}, burst={self.burst}"
@@ -256,8 +262,8 @@ class _Limiter(LivePolicy[Never]):
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody waits, and the whole burst is there."""
-        return all(limit.statistics() == (limit.burst, 0) for limit in self._limits)
+        """Whether nobody waits, the whole burst is there, and the rate is as at first."""
+        return all(limit.is_idle() for limit in self._limits)
 
     @enable_ki_protection
     def acquire_nowait(self, cost: int = 1) -> None:

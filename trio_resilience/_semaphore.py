@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Never, TypeVar, TypeVarTuple, final
 
 import attrs
@@ -11,7 +10,7 @@ from trio.lowlevel import enable_ki_protection
 
 from trio_resilience._checks import flag, integer, label, operation
 from trio_resilience._engine._driver import run_unprotected
-from trio_resilience._engine._permits import OpenBlocks, Permits
+from trio_resilience._engine._permits import OpenBlocks, Permits, caller
 from trio_resilience._engine._policy import LivePolicy, open_overrides, runs_here
 from trio_resilience._engine._run import RunState
 from trio_resilience._engine._waiting import Waiting
@@ -212,7 +211,7 @@ class Semaphore(LivePolicy[Never]):
             await trio.lowlevel.cancel_shielded_checkpoint()
         else:
             await self._wait(permits, 1, "acquire")
-        self._blocks.begin(sys._getframe(1), permits)
+        self._blocks.begin(caller(), permits)
 
     @enable_ki_protection
     async def __aexit__(
@@ -221,7 +220,7 @@ class Semaphore(LivePolicy[Never]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._blocks.end(sys._getframe(1))
+        self._blocks.end(caller())
 
     def __repr__(self) -> str:
         now = self.statistics()

@@ -57,19 +57,41 @@ class Chooser:
     async def next(self) -> Pair | None:
         """Return the first item that may run, or ``None`` after the last."""
         while True:
-            pair: Pair | None = None
-            if self._ready:
-                pair = heappop(self._ready)
-                self._waiting -= 1
-            elif self._may_pull():
+            pair = self.next_nowait()
+            if pair is None and self._may_pull():
                 pair = await self._pull()
-            elif self.is_drained():
+            elif pair is None and self.is_drained():
                 return None
-            else:
+            elif pair is None:
                 pair = await self._wait()
             if pair is not None:
                 self.rouse()
                 return pair
+
+    @enable_ki_protection
+    async def has_next(self) -> bool:
+        """Wait for an item that may run, for `next_nowait`; false after the last."""
+        while not self._ready:
+            pair: Pair | None = None
+            if self._may_pull():
+                pair = await self._pull()
+            elif self.is_drained():
+                return False
+            else:
+                pair = await self._wait()
+            if pair is not None:
+                heappush(self._ready, pair)
+                self._waiting += 1
+        return True
+
+    def next_nowait(self) -> Pair | None:
+        """Return the first item that may run, if there is one."""
+        if not self._ready:
+            return None
+        self._waiting -= 1
+        pair = heappop(self._ready)
+        self.rouse()
+        return pair
 
     @enable_ki_protection
     def finished(self, index: int) -> None:

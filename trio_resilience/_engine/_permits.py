@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from types import FrameType
@@ -106,6 +107,11 @@ class Permits:
             trio.lowlevel.reschedule(task)
 
 
+def caller() -> FrameType:
+    """Return the frame that called the function which calls this."""
+    return sys._getframe(2)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+
+
 @final
 @attrs.define(eq=False, repr=False)
 class OpenBlocks:
@@ -120,19 +126,19 @@ class OpenBlocks:
         factory=dict[FrameType, list[Permits]], init=False
     )
 
-    def begin(self, frame: FrameType | None, permits: Permits) -> None:
+    def begin(self, frame: FrameType, permits: Permits) -> None:
         """Note that a block in this frame holds a permit."""
-        assert frame is not None
         self._held.setdefault(frame, []).append(permits)
 
-    def end(self, frame: FrameType | None) -> None:
+    def end(self, frame: FrameType) -> None:
         """Give back the permit of the block in this frame, unless it has died with its run."""
         if frame not in self._held:
             # An exit stack enters and leaves from frames of its own. It doesn't matter which block
             # of this run is taken for its: they are all alike.
-            frame = next((each for each in self._held if self._is_alive(each)), None)
-        if frame is None:
-            return
+            alive = [each for each in self._held if self._is_alive(each)]
+            if not alive:
+                return
+            frame = alive[-1]
         permits = self._held[frame].pop()
         if not self._held[frame]:
             del self._held[frame]

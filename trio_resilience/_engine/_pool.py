@@ -391,18 +391,33 @@ class Pool:
         return pair, permit
 
     async def _seek_under(self, bound: SharedBound) -> tuple[Pair | None, _Permit | None]:
-        if self._chooser is None:
-            permit = await self._take_useful_permit(bound)
-            return None if permit is None else await self._seek(), permit
-        # It may be long until a key is free, and others have a use for the permit meanwhile.
-        pair = await self._seek()
-        if pair is None:
-            return None, None
-        self._is_in_line = True
-        try:
-            return pair, await self._take_permit(bound)
-        finally:
-            self._is_in_line = False
+        if self._chooser is not None:
+            return await self._choose_under(bound, self._chooser)
+        permit = await self._take_useful_permit(bound)
+        return None if permit is None else await self._seek(), permit
+
+    async def _choose_under(
+        self, bound: SharedBound, chooser: Chooser
+    ) -> tuple[Pair | None, _Permit | None]:
+        """Wait for an item, then for a permit, and then run whichever item is the first."""
+        outbox = None if self._places_are_pulled() else self.outbox
+        while await chooser.has_next() and not self._stopping:
+            self._is_in_line = True
+            try:
+                permit = await self._take_permit(bound)
+            finally:
+                self._is_in_line = False
+            has_room = outbox is None or outbox.has_room()
+            pair = chooser.next_nowait() if has_room else None
+            if pair is not None:
+                if outbox is not None:
+                    outbox.take_place()
+                return self._begun(pair), permit
+            self._give_back(permit)
+            if outbox is not None:
+                await outbox.wait_for_room()
+        self._left = 0
+        return None, None
 
     def _has_work_besides(self) -> bool:
         return self._chooser is not None and not self._is_in_line and self._chooser.has_ready()
@@ -423,6 +438,9 @@ class Pool:
             if outbox is not None:
                 outbox.free()
             return None
+        return self._begun(pair)
+
+    def _begun(self, pair: Pair) -> Pair:
         if self.outbox is None:
             # They may come in any order: of an async source, or where keys decide.
             self.results.extend([MISSING] * (pair[0] + 1 - len(self.results)))
