@@ -107,6 +107,11 @@ class Bulkhead(LivePolicy[Never]):
         """Whether no call runs or waits."""
         return self._semaphore.is_idle
 
+    @property
+    def is_disposable(self) -> bool:
+        """Whether no call runs or waits."""
+        return self._semaphore.is_disposable
+
     @enable_ki_protection
     def acquire_nowait(self) -> None:
         """Take the permit of one call, or raise `trio.WouldBlock`."""

@@ -197,22 +197,32 @@ def _max_wait(value: float | timedelta) -> float:
 
 @final
 @attrs.define(eq=False, repr=False)
-class _Limit:
-    """One limit: so many in so much time, and what has passed in each run."""
+class _Pace:
+    """So many in so much time; apart, so that nothing refers in circles."""
 
     rate: float
     per: float
     burst: int
-    first_rate: float = attrs.field(init=False)
-    runs: RunState[_Bucket] = attrs.field(init=False)
 
-    def __attrs_post_init__(self) -> None:
-        self.first_rate = self.rate
-        self.runs = RunState(self._start)
+    def interval(self) -> int:
+        return interval_of(self.rate, self.per)
 
-    def _start(self) -> _Bucket:
-        interval = interval_of(self.rate, self.per)
-        return _Bucket(Gcra.start(trio.current_time(), interval, self.burst))
+    def start(self) -> _Bucket:
+        return _Bucket(Gcra.start(trio.current_time(), self.interval(), self.burst))
+
+
+@final
+@attrs.define(eq=False, repr=False)
+class _Limit:
+    """One limit: its pace, and what has passed in each run."""
+
+    pace: _Pace
+    first_rate: float
+    runs: RunState[_Bucket]
+
+    @classmethod
+    def of(cls, pace: _Pace) -> _Limit:
+        return cls(pace, pace.rate, RunState(pace.start))
 
     def bucket(self) -> _Bucket:
         """Return what has passed here, in this run."""
@@ -221,23 +231,24 @@ class _Limit:
     @enable_ki_protection
     def change_rate(self, rate: float) -> None:
         known = {self.runs, runs_here(self.runs)}
-        for bucket in [runs.get() for runs in known if runs.peek() is not None]:
-            bucket.rule.change_interval(bucket.now(), interval_of(rate, self.per))
+        buckets = [runs.get() for runs in known if runs.peek() is not None]
+        self.pace.rate = rate
+        for bucket in buckets:
+            bucket.rule.change_interval(bucket.now(), self.pace.interval())
             bucket.alert_head()
-        self.rate = rate
 
     def statistics(self) -> tuple[int, int]:
         """Return how many could pass, and how many wait."""
-        bucket = runs_here(self.runs).here()
+        bucket = runs_here(self.runs).peek()
         if bucket is None:
-            return self.burst, 0
-        return bucket.rule.available(trio.current_time()), len(bucket.line)
+            return self.pace.burst, 0
+        return bucket.rule.available(bucket.now()), len(bucket.line)
 
     def is_idle(self) -> bool:
-        return self.statistics() == (self.burst, 0) and self.rate == self.first_rate
+        return self.statistics() == (self.pace.burst, 0) and self.pace.rate == self.first_rate
 
     def __repr__(self) -> str:
-        return f"{self.rate:g}, per={self.per:g}, burst={self.burst}"
+        return f"{self.pace.rate:g}, per={self.pace.per:g}, burst={self.pace.burst}"
 
 
 class _Limiter(LivePolicy[Never]):
@@ -253,7 +264,7 @@ class _Limiter(LivePolicy[Never]):
     @property
     def burst(self) -> int:
         """How many may pass at once after a long enough pause."""
-        return min(limit.burst for limit in self._limits)
+        return min(limit.pace.burst for limit in self._limits)
 
     @property
     def retry_after(self) -> float:
@@ -264,6 +275,11 @@ class _Limiter(LivePolicy[Never]):
     def is_idle(self) -> bool:
         """Whether nobody waits, the whole burst is there, and the rate is as at first."""
         return all(limit.is_idle() for limit in self._limits)
+
+    @property
+    def is_disposable(self) -> bool:
+        """Whether nobody waits."""
+        return not self.statistics().waiting
 
     @enable_ki_protection
     def acquire_nowait(self, cost: int = 1) -> None:
@@ -435,7 +451,7 @@ class RateLimiter(_Limiter):
         max_wait: float | timedelta = math.inf,
         name: str = "rate_limiter",
     ) -> None:
-        limit = _Limit(_rate(rate), _per(per), _burst(burst))
+        limit = _Limit.of(_Pace(_rate(rate), _per(per), _burst(burst)))
         self._limits = (limit,)
         self._runs = limit.runs
         self.max_wait = _max_wait(max_wait)
@@ -453,7 +469,7 @@ class RateLimiter(_Limiter):
     @property
     def rate(self) -> float:
         """How many may pass in `per` seconds; settable: those who wait are due accordingly."""
-        return self._limits[0].rate
+        return self._limits[0].pace.rate
 
     @rate.setter
     def rate(self, value: float) -> None:
@@ -462,7 +478,7 @@ class RateLimiter(_Limiter):
     @property
     def per(self) -> float:
         """Seconds in which so many may pass."""
-        return self._limits[0].per
+        return self._limits[0].pace.per
 
     @staticmethod
     def all_of(

@@ -36,16 +36,20 @@ class SemaphoreStatistics:
     """Tasks in line."""
 
 
-def _permits(value: int) -> int:
-    return integer("permits", value, minimum=1)
+@final
+@attrs.define(eq=False, repr=False)
+class _Size:
+    """How many permits there are, and were at first; apart, so that nothing refers in circles."""
 
+    total: int
+    first: int
 
-def _runs(semaphore: Semaphore) -> RunState[Permits]:
-    return RunState(lambda: Permits(trio.CapacityLimiter(semaphore.permits)))
+    def start(self) -> Permits:
+        return Permits(trio.CapacityLimiter(self.total))
 
 
 @final
-@attrs.define(eq=False, repr=False)
+@attrs.define(eq=False, repr=False, init=False)
 class Semaphore(LivePolicy[Never]):
     """Let holders of *permits* permits in at once and make the rest wait in one fair line.
 
@@ -75,20 +79,22 @@ class Semaphore(LivePolicy[Never]):
         data = await files.call(read, name)
     """
 
-    _total: int = attrs.field(alias="permits", converter=_permits, on_setattr=attrs.setters.NO_OP)
-    name: str = attrs.field(default="semaphore", kw_only=True)
-    _first_total: int = attrs.field(
-        default=attrs.Factory(lambda self: self._total, takes_self=True), init=False
-    )
-    _runs: RunState[Permits] = attrs.field(
-        default=attrs.Factory(_runs, takes_self=True), init=False
-    )
-    _blocks: OpenBlocks = attrs.field(factory=OpenBlocks, init=False)
+    name: str
+    _size: _Size
+    _runs: RunState[Permits]
+    _blocks: OpenBlocks
+
+    def __init__(self, permits: int, *, name: str = "semaphore") -> None:
+        permits = integer("permits", permits, minimum=1)
+        self.name = name
+        self._size = _Size(permits, permits)
+        self._runs = RunState(self._size.start)
+        self._blocks = OpenBlocks()
 
     @property
     def permits(self) -> int:
         """How many permits there are, held or not; settable, also to 0."""
-        return self._total
+        return self._size.total
 
     @permits.setter
     @enable_ki_protection
@@ -97,7 +103,7 @@ class Semaphore(LivePolicy[Never]):
         known = {self._runs, runs_here(self._runs)}
         for permits in [runs.get() for runs in known if runs.peek() is not None]:
             permits.resize(total)
-        self._total = total
+        self._size.total = total
 
     @property
     def available_permits(self) -> int:
@@ -108,7 +114,13 @@ class Semaphore(LivePolicy[Never]):
     def is_idle(self) -> bool:
         """Whether nobody holds a permit or waits for one, and there are as many as at first."""
         now = self.statistics()
-        return now.borrowed == now.waiting == 0 and self._total == self._first_total
+        return now.borrowed == now.waiting == 0 and self._size.total == self._size.first
+
+    @property
+    def is_disposable(self) -> bool:
+        """Whether nobody holds a permit or waits for one."""
+        now = self.statistics()
+        return now.borrowed == now.waiting == 0
 
     @enable_ki_protection
     def acquire_nowait(self, weight: int = 1) -> None:
@@ -168,14 +180,16 @@ class Semaphore(LivePolicy[Never]):
         """Return how many permits there are, how many are taken, and how many tasks wait."""
         permits = runs_here(self._runs).peek()
         borrowed, waiting = (0, 0) if permits is None else (permits.borrowed, permits.waiting)
-        return SemaphoreStatistics(self._total, borrowed, max(0, self._total - borrowed), waiting)
+        return SemaphoreStatistics(
+            self._size.total, borrowed, max(0, self._size.total - borrowed), waiting
+        )
 
     def _check(self, weight: int, *, wait_for_resize: bool = False) -> None:
         integer("weight", weight, minimum=1)
         may_wait = flag("wait_for_resize", wait_for_resize) or weight == 1
-        if weight > self._total and not may_wait:
+        if weight > self._size.total and not may_wait:
             raise ValueError(
-                f"`weight` must be <= {self._total}, the number of permits, got {weight}; pass"
+                f"`weight` must be <= {self._size.total}, the number of permits, got {weight}; pass"
                 " `wait_for_resize=True` to wait until there are more"
             )
 
@@ -225,7 +239,7 @@ class Semaphore(LivePolicy[Never]):
     def __repr__(self) -> str:
         now = self.statistics()
         return (
-            f"Semaphore({self._total}, name={self.name!r}:"
+            f"Semaphore({self._size.total}, name={self.name!r}:"
             f" {now.borrowed} borrowed, {now.waiting} waiting)"
         )
 

@@ -57,6 +57,7 @@ class Permits:
     async def wait(self, weight: int = 1) -> None:
         """Wait in line and take them all; to be called if `try_take` fails."""
         if self.try_take(weight):  # a listener that heard of the wait has changed something
+            await trio.lowlevel.cancel_shielded_checkpoint()
             return
         task = trio.lowlevel.current_task()
         self._line[task] = weight
@@ -122,31 +123,29 @@ class OpenBlocks:
     crashed run has left behind ends its block whenever it is collected, in whatever task.
     """
 
-    _held: dict[FrameType, list[Permits]] = attrs.field(
-        factory=dict[FrameType, list[Permits]], init=False
+    _held: dict[FrameType, list[tuple[Permits, Task]]] = attrs.field(
+        factory=dict[FrameType, list[tuple[Permits, Task]]], init=False
     )
 
     def begin(self, frame: FrameType, permits: Permits) -> None:
         """Note that a block in this frame holds a permit."""
-        self._held.setdefault(frame, []).append(permits)
+        self._held.setdefault(frame, []).append((permits, trio.lowlevel.current_task()))
 
     def end(self, frame: FrameType) -> None:
         """Give back the permit of the block in this frame, unless it has died with its run."""
         if frame not in self._held:
-            # An exit stack enters and leaves from frames of its own. It doesn't matter which block
-            # of this run is taken for its: they are all alike.
-            alive = [each for each in self._held if self._is_alive(each)]
+            # An exit stack enters and leaves from frames of its own: any block of this task will
+            # do, or else, if the stack has been handed over, any of this run.
+            alive = [each for each, held in self._held.items() if held[-1][0].is_of_this_run]
             if not alive:
                 return
-            frame = alive[-1]
-        permits = self._held[frame].pop()
+            task = trio.lowlevel.current_task()
+            frame = max(alive, key=lambda each: self._held[each][-1][1] is task)
+        permits, _ = self._held[frame].pop()
         if not self._held[frame]:
             del self._held[frame]
         if permits.is_of_this_run:
             permits.give_back()
-
-    def _is_alive(self, frame: FrameType) -> bool:
-        return self._held[frame][-1].is_of_this_run
 
 
 @final

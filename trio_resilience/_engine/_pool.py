@@ -106,8 +106,8 @@ class Pool:
     """Who decides what runs next, if that depends on keys."""
     _seekers: int = attrs.field(default=0, init=False)
     """How many workers wait for a shared bound, or for what the next operation needs besides."""
-    _is_in_line: bool = attrs.field(default=False, init=False)
-    """Whether one of them has what it needs but for the permit."""
+    _is_choosing: bool = attrs.field(default=False, init=False)
+    """Whether one of them knows of an item that may run, and lacks the permit or the room."""
     _outer: tuple[_Permit, ...] = attrs.field(factory=_held_here.get, init=False)
     _began: dict[int, float] = attrs.field(factory=dict[int, float], init=False)
     """When running operations began, while somebody listens."""
@@ -402,25 +402,24 @@ class Pool:
         """Wait for an item, then for a permit, and then run whichever item is the first."""
         outbox = None if self._places_are_pulled() else self.outbox
         while await chooser.has_next() and not self._stopping:
-            self._is_in_line = True
-            try:
-                permit = await self._take_permit(bound)
-            finally:
-                self._is_in_line = False
+            self._is_choosing = True
+            permit = await self._take_permit(bound)
             has_room = outbox is None or outbox.has_room()
             pair = chooser.next_nowait() if has_room else None
             if pair is not None:
                 if outbox is not None:
                     outbox.take_place()
+                self._is_choosing = False
                 return self._begun(pair), permit
             self._give_back(permit)
             if outbox is not None:
                 await outbox.wait_for_room()
+            self._is_choosing = False
         self._left = 0
         return None, None
 
     def _has_work_besides(self) -> bool:
-        return self._chooser is not None and not self._is_in_line and self._chooser.has_ready()
+        return self._chooser is not None and not self._is_choosing and self._chooser.has_ready()
 
     def _may_go_on(self) -> bool:
         """Tell whether another operation may turn up in this batch; a list is seen to its end."""
