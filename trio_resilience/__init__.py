@@ -7,6 +7,13 @@ from trio_resilience._algorithms._backoff import (
     Fibonacci,
     Linear,
 )
+from trio_resilience._batching import (
+    Batcher,
+    BatcherStatistics,
+    Batches,
+    batched,
+    open_batcher,
+)
 from trio_resilience._bulkhead import Bulkhead, BulkheadStatistics
 from trio_resilience._classify import transient
 from trio_resilience._concurrency import (
@@ -47,6 +54,7 @@ from trio_resilience._events import (
     WaitStarted,
     subscribe,
 )
+from trio_resilience._keyed import Keyed, KeyedStatistics
 from trio_resilience._rate_limiter import (
     CombinedRateLimiter,
     RateLimiter,
@@ -67,6 +75,9 @@ __all__ = [
     "AttemptFinished",
     "AttemptStarted",
     "BatchFlushed",
+    "Batcher",
+    "BatcherStatistics",
+    "Batches",
     "Bulkhead",
     "BulkheadFullError",
     "BulkheadStatistics",
@@ -80,6 +91,8 @@ __all__ = [
     "Exponential",
     "FailureRecord",
     "Fibonacci",
+    "Keyed",
+    "KeyedStatistics",
     "Linear",
     "OperationFinished",
     "OperationStarted",
@@ -107,7 +120,9 @@ __all__ = [
     "TimeoutStatistics",
     "WaitFinished",
     "WaitStarted",
+    "batched",
     "map_with_limit",
+    "open_batcher",
     "run_in",
     "run_with_limit",
     "run_with_retry",

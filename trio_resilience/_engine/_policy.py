@@ -45,7 +45,7 @@ class Policy(ABC, Generic[F]):
     def is_idle(self) -> bool:
         """Whether a new policy in the place of this one would behave the same from now on.
 
-        `Keyed` forgets a policy only then. A policy without state of its own always is.
+        `Keyed` forgets such a policy first. A policy without state of its own always is.
         """
         return True
 
