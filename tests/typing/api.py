@@ -10,13 +10,20 @@ import trio
 from outcome import Error, Value
 
 from trio_resilience import (
+    Bulkhead,
+    CombinedRateLimiter,
     Exponential,
+    Keyed,
     OperationsFailedError,
+    RateLimiter,
     RejectedError,
     Retry,
     RetryResult,
+    Semaphore,
     Timeout,
+    batched,
     map_with_limit,
+    open_batcher,
     run_in,
     run_with_limit,
     run_with_retry,
@@ -162,6 +169,59 @@ async def failures_are_typed() -> None:
             leaf.add_note("every leaf is an exception")
     except RejectedError as error:
         assert_type(error.retry_after, float | None)
+
+
+def host(url: str) -> str:
+    """Stand for a key."""
+    return url
+
+
+keyed = Keyed(lambda _: Semaphore(2), key=host)
+
+
+@keyed
+async def fetch_from_host(url: str) -> bytes:
+    """Keep its signature."""
+    return await fetch(url)
+
+
+async def flow_control_keeps_the_results_type(nursery: trio.Nursery) -> None:
+    """As calls, as a shared bound, by key, and as the policy of many."""
+    semaphore, bulkhead, limiter = Semaphore(3), Bulkhead(3), RateLimiter(10)
+    assert_type(await semaphore.call(fetch, "url"), bytes)
+    assert_type(await bulkhead.call(tick), int)
+    assert_type(await limiter.call(tick), int)
+    assert_type(RateLimiter.all_of(limiter, limiter), CombinedRateLimiter)
+    assert_type(await run_with_limit(nursery, [tick], max_concurrency=semaphore), list[int])
+    pages = await map_with_limit(nursery, fetch, ["url"], key=host, max_per_key=2, policy=bulkhead)
+    assert_type(pages, list[bytes])
+    assert_type(await keyed.call(fetch, "url"), bytes)
+    assert_type(await fetch_from_host("url"), bytes)
+    async with keyed.hold("host") as policy, policy:
+        assert_type(policy, Semaphore)
+
+
+async def lengths(items: list[str]) -> list[int]:
+    """Stand for what processes a batch."""
+    await trio.lowlevel.checkpoint()
+    return [len(item) for item in items]
+
+
+async def save(items: list[str]) -> None:
+    """Stand for one that has no results."""
+    await lengths(items)
+
+
+async def batches_are_typed(nursery: trio.Nursery) -> None:
+    """Items in, results out."""
+    async with open_batcher(nursery, lengths) as batcher:
+        assert_type(await batcher.submit("item"), int)
+        await batcher.submit(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    async with open_batcher(nursery, save, batch_size=7) as saver:
+        await saver.submit("item")
+    async with batched(nursery, arriving(), batch_size=10, max_age=1) as batches:
+        async for batch in batches:
+            assert_type(batch, list[str])
 
 
 def wrong_options_are_refused() -> None:
