@@ -12,12 +12,25 @@ import math
 import sys
 from collections.abc import Sequence
 
-from benchmarks import bench_concurrency, bench_import, bench_retry, bench_stream
+from benchmarks import (
+    bench_batching,
+    bench_concurrency,
+    bench_import,
+    bench_keys,
+    bench_permits,
+    bench_rate,
+    bench_retry,
+    bench_stream,
+)
 from benchmarks._report import as_record, as_text, environment
 from benchmarks._runner import Benchmark, Results, run
 
 SUITE: dict[str, tuple[Benchmark, ...]] = {
     "concurrency": bench_concurrency.BENCHMARKS,
+    "keys": bench_keys.BENCHMARKS,
+    "permits": bench_permits.BENCHMARKS,
+    "rate": bench_rate.BENCHMARKS,
+    "batching": bench_batching.BENCHMARKS,
     "retry": bench_retry.BENCHMARKS,
     "stream": bench_stream.BENCHMARKS,
     "import": bench_import.BENCHMARKS,

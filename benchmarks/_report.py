@@ -16,7 +16,10 @@ NAME_WIDTH = 66
 
 def environment() -> dict[str, str]:
     """Return what the numbers depend on, beside the machine."""
-    packages = ("trio", "aiometer", "tenacity", "stamina")
+    packages = (
+        "trio", "aiometer", "aiolimiter", "hyx", "pyrate-limiter", "stamina", "tenacity",
+        "throttled-py",
+    )  # fmt: skip
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in packages:
         try:

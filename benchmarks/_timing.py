@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import trio
+from trio.testing import MockClock
 
 from benchmarks._runner import Figures
 
@@ -19,31 +21,61 @@ MICROSECONDS: Final = "µs"
 SECONDS_AT_LEAST = 0.25
 """A contender that is done sooner runs again."""
 
+Run: TypeAlias = Callable[[int], Awaitable[Sequence[Any] | int]]
+"""Does so many operations; returns their results, or their number if there is nothing to keep."""
+Start: TypeAlias = Callable[..., float]
+"""Runs an async function, called with the arguments that follow it."""
 
-def timed(
-    run: Callable[[int], Awaitable[Sequence[Any] | int]],
+
+def in_asyncio(fn: Callable[..., Awaitable[float]], *args: object) -> float:
+    """Run an async function where the peers live that do not know trio."""
+    library: Any = importlib.import_module("asyncio")
+    seconds: float = library.run(fn(*args))
+    return seconds
+
+
+def on_virtual_clock(fn: Callable[..., Awaitable[float]], *args: object) -> float:
+    """Run an async function that waits for hours in no time."""
+    return trio.run(fn, *args, clock=MockClock(autojump_threshold=0))
+
+
+def timed(run: Run, start: Start = trio.run) -> Callable[[int], Figures]:
+    """Return a measurement of *run*."""
+    return clocked(lambda size: seconds_of(run, size), start)
+
+
+def clocked(
+    run: Callable[[int], Awaitable[float]], start: Start = trio.run
 ) -> Callable[[int], Figures]:
-    """Return a measurement of *run*, which does so many operations and returns their results.
-
-    (Or their number, if there is nothing to keep.)
-    """
+    """Return a measurement of *run*, which says itself how many seconds its operations took."""
 
     def measure(size: int) -> Figures:
-        return {MICROSECONDS: trio.run(_seconds, run, size) / size * 1e6}
+        return {MICROSECONDS: start(_median, run, size) / size * 1e6}
 
     return measure
 
 
-async def _seconds(run: Callable[[int], Awaitable[Sequence[Any] | int]], size: int) -> float:
-    # Imports are made, caches filled and byte code specialised before the clock starts.
-    _check(await run(max(1, size // 20)), max(1, size // 20))
+def line_of(waiters: int, count: int) -> range:
+    """Return as many waiters as there are to be, but for a quick look, which has fewer of all."""
+    return range(min(waiters, max(1, count // 2)))
+
+
+async def seconds_of(run: Run, size: int) -> float:
+    """Return the processor time that *run* takes, all of it."""
+    start = time.process_time()
+    results = await run(size)
+    seconds = time.process_time() - start
+    _check(results, size)
+    return seconds
+
+
+async def _median(run: Callable[[int], Awaitable[float]], size: int) -> float:
+    # Imports are made, caches filled and byte code specialised before anything counts.
+    await run(max(1, size // 20))
     seconds = list[float]()
     with _level_ground():
         while sum(seconds) < SECONDS_AT_LEAST:
-            start = time.process_time()
-            results = await run(size)
-            seconds.append(time.process_time() - start)
-            _check(results, size)
+            seconds.append(await run(size))
     return median(seconds)
 
 

@@ -140,9 +140,9 @@ class Bulkhead(LivePolicy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, run when there is room for it."""
-        operation("fn", fn)
         permits = permits_of(self._semaphore)
         if not permits.try_take():
+            operation("fn", fn)
             await self._wait(permits, label(fn) if name is None else name)
         try:
             return await run_unprotected(fn, *args)

@@ -167,9 +167,9 @@ class Semaphore(LivePolicy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, run with a permit."""
-        operation("fn", fn)
         permits = self._here()
         if not permits.try_take():
+            operation("fn", fn)
             await self._wait(permits, 1, label(fn) if name is None else name)
         try:
             return await run_unprotected(fn, *args)

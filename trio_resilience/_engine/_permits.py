@@ -45,12 +45,19 @@ class Permits:
 
     def try_take(self, weight: int = 1) -> bool:
         """Take them all, if they are there and nobody waits; tell whether that was so."""
-        if self._line or not (weight == 1 or self._has(weight)):
+        if self._line:
             return False
-        try:
+        if weight > 1:
+            if not self._has(weight):
+                return False
             self._take(weight)
-        except trio.WouldBlock:  # of a single one, the limiter itself tells
+            return True
+        borrower = object()
+        try:  # of a single one, the limiter itself tells
+            self.limiter.acquire_on_behalf_of_nowait(borrower)
+        except trio.WouldBlock:
             return False
+        self._borrowers.append(borrower)
         return True
 
     @enable_ki_protection
