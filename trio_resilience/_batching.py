@@ -362,11 +362,10 @@ class Batches(Generic[T]):
     ) -> None:
         block = self._block
         block.is_open = False
-        if not block.job.is_done:
-            block.job.scope.cancel()
+        block.job.scope.cancel()
         await block.join()  # noqa: ASYNC102 - a cancellation is passed on, and waits
         self._filler.held = []
-        failure = None if self._reason_was_given else self._take_failure(left_early=True)
+        failure = self._take_failure(left_early=True)
         try:
             block.settle(failure, exc)
         finally:

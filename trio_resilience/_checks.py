@@ -70,6 +70,13 @@ def seconds(name: str, value: object, *, finite: bool = False, exclusive: bool =
     return number(name, value, finite=finite, exclusive=exclusive)
 
 
+def refuse_coroutine(name: str, value: object) -> None:
+    """Refuse what a callback has returned that is an async function in disguise."""
+    if inspect.iscoroutine(value):
+        value.close()
+        raise TypeError(f"`{name}` must be a plain function, but it returned {value!r}")
+
+
 def flag(name: str, value: object) -> bool:
     """Return *value* if it is a bool."""
     if not isinstance(value, bool):

@@ -10,7 +10,7 @@ from trio.lowlevel import enable_ki_protection
 
 from trio_resilience._checks import flag, integer, label, operation
 from trio_resilience._engine._driver import run_unprotected
-from trio_resilience._engine._permits import OpenBlocks, Permits, caller
+from trio_resilience._engine._permits import OpenBlocks, Permits, caller, is_held_here
 from trio_resilience._engine._policy import LivePolicy, open_overrides, runs_here
 from trio_resilience._engine._run import RunState
 from trio_resilience._engine._waiting import Waiting
@@ -207,6 +207,12 @@ class Semaphore(LivePolicy[Never]):
         return permits
 
     async def _wait(self, permits: Permits, weight: int, operation: str) -> None:
+        if is_held_here(self):
+            # While it waits it gives nothing back, and nor do others that do the same.
+            raise RuntimeError(
+                f"this would wait for ever: the operation runs under a permit of {self!r} already,"
+                " as `max_concurrency` of the call that runs it"
+            )
         has_them = False
         try:
             with Waiting(self.name, operation):

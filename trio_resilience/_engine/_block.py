@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, cast, final
+from typing import Any, final
 
 import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from trio_resilience._engine._ending import add_context
+from trio_resilience._engine._ending import add_context, raise_failure
 from trio_resilience._engine._join import Job
 
 
@@ -62,52 +62,28 @@ class Block:
         if self._own_nursery is not None:
             try:
                 await self._own_nursery.__aexit__(None, None, None)
-            except BaseException as error:  # noqa: BLE001 - it is raised, or something weightier
+            except (trio.Cancelled, BaseExceptionGroup) as error:
+                # The job was cancelled from without, and with it, unless it is shielded, this task.
                 self._left_with = error
 
     def settle(self, failure: BaseException | None, body_error: BaseException | None) -> None:
         """Raise what is to leave the block, unless that is the error of its body, as it is.
 
-        The body's error wins over a *failure* of the work, and over a cancellation, which its scope
-        will repeat; but what is to stop the program loses to nothing.
+        That one wins over a *failure* that is an `Exception`, and over a cancellation or Ctrl-C,
+        which trio then repeats at the next checkpoint.
         """
-        interruptions = self._interruptions()
-        ours = interruptions if failure is None else [failure, *interruptions]
+        job, left_with, self._left_with = self.job, self._left_with, None
         try:
-            if any(map(_must_stop, ours)):
-                errors = ours if body_error is None else [*ours, body_error]
-                raise errors[0] if len(errors) == 1 else BaseExceptionGroup(_STOPPED, errors)
+            if failure is not None and not isinstance(failure, Exception):
+                if body_error is None and not job.was_interrupted:
+                    raise failure
+                raise job.stopped_by(failure, *([] if body_error is None else [body_error]))
             if body_error is not None:
                 add_context(body_error, failure)
-            elif interruptions:
-                add_context(interruptions[0], failure)
-                raise interruptions[0]
-            elif failure is not None:
-                raise failure
+            elif left_with is not None and not job.was_interrupted:
+                raise left_with
+            else:
+                raise_failure(job, failure)
         finally:
-            # A traceback leads to this frame; from here nothing may lead to the error.
-            interruptions.clear()
-            ours.clear()
-            errors = []
-            del failure, body_error
-
-    def _interruptions(self) -> list[BaseException]:
-        """Return the cancellation, or Ctrl-C, that came while the end was waited for."""
-        left_with, self._left_with = self._left_with, None
-        found = [] if left_with is None else [left_with]
-        try:
-            self.job.raise_if_interrupted()
-        except BaseException as interruption:  # noqa: BLE001 - it is the value asked for
-            found.insert(0, interruption.with_traceback(None))
-        return found
-
-
-_STOPPED = "the block was stopped"
-
-
-def _must_stop(error: BaseException) -> bool:
-    """Tell whether *error* is neither an `Exception` nor just a cancellation."""
-    if isinstance(error, BaseExceptionGroup):
-        group = cast("BaseExceptionGroup[BaseException]", error)
-        return any(map(_must_stop, group.exceptions))
-    return not isinstance(error, (Exception, trio.Cancelled))
+            # The traceback of an error leads to this frame, from which nothing may lead back.
+            del failure, body_error, left_with

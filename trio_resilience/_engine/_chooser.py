@@ -9,7 +9,6 @@ from typing import Any, Final, TypeAlias, final
 
 import attrs
 import trio
-from outcome import Value
 from trio.lowlevel import Abort, Task, enable_ki_protection
 
 from trio_resilience._engine._source import Pair
@@ -56,32 +55,21 @@ class Chooser:
     @enable_ki_protection
     async def next(self) -> Pair | None:
         """Return the first item that may run, or ``None`` after the last."""
-        while True:
-            pair = self.next_nowait()
-            if pair is None and self._may_pull():
-                pair = await self._pull()
-            elif pair is None and self.is_drained():
-                return None
-            elif pair is None:
-                pair = await self._wait()
-            if pair is not None:
-                self.rouse()
-                return pair
+        return self.next_nowait() if await self.has_next() else None
 
     @enable_ki_protection
     async def has_next(self) -> bool:
         """Wait for an item that may run, for `next_nowait`; false after the last."""
         while not self._ready:
-            pair: Pair | None = None
             if self._may_pull():
                 pair = await self._pull()
+                if pair is not None:
+                    heappush(self._ready, pair)
+                    self._waiting += 1
             elif self.is_drained():
                 return False
             else:
-                pair = await self._wait()
-            if pair is not None:
-                heappush(self._ready, pair)
-                self._waiting += 1
+                await self._wait()
         return True
 
     def next_nowait(self) -> Pair | None:
@@ -109,11 +97,8 @@ class Chooser:
         if not aside:
             del self._aside[key]
         self._keys[pair[0]] = key
-        if self._idle:
-            self._waiting -= 1
-            trio.lowlevel.reschedule(self._idle.popleft(), Value(pair))
-        else:
-            heappush(self._ready, pair)
+        heappush(self._ready, pair)
+        self._wake_one()
 
     def has_ready(self) -> bool:
         """Tell whether an item that was set aside looks for a worker."""
@@ -127,9 +112,13 @@ class Chooser:
         """Wake those who wait for items, if there may be some, or if there will be none."""
         if self._idle and self.is_drained():
             while self._idle:
-                trio.lowlevel.reschedule(self._idle.popleft(), Value(None))
+                self._wake_one()
         elif self._idle and self._may_pull():
-            trio.lowlevel.reschedule(self._idle.popleft(), Value(None))
+            self._wake_one()
+
+    def _wake_one(self) -> None:
+        if self._idle:
+            trio.lowlevel.reschedule(self._idle.popleft())
 
     def _may_pull(self) -> bool:
         is_kept = self._is_pulling or self._waiting >= self.lookahead
@@ -155,7 +144,7 @@ class Chooser:
         self._keys[index] = key
         return pair
 
-    async def _wait(self) -> Pair | None:
+    async def _wait(self) -> None:
         task = trio.lowlevel.current_task()
         self._idle.append(task)
 
@@ -163,5 +152,4 @@ class Chooser:
             self._idle.remove(task)
             return Abort.SUCCEEDED
 
-        pair: Pair | None = await trio.lowlevel.wait_task_rescheduled(abort)
-        return pair
+        await trio.lowlevel.wait_task_rescheduled(abort)

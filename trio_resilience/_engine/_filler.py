@@ -61,7 +61,6 @@ class Filler:
             await self._close()  # noqa: ASYNC102 - where it is cancelled, its clean-up is cancelled too
 
     async def _wait_for_room(self) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()
         while len(self.held) >= self.batch_size:
             self._puller = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(self._abort_puller)

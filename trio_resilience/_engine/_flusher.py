@@ -50,8 +50,6 @@ class _Entry:
 
     def answer(self, outcome: Outcome) -> None:
         task, self.task = self.task, None
-        # The traceback of an error leads to its own entry, and should lead no further.
-        self.batch = None
         if task is not None:
             trio.lowlevel.reschedule(task, outcome)
 
@@ -330,7 +328,7 @@ class Flusher:
             answers = outcomes
         for entry, answer in zip(entries, answers, strict=True):
             entry.answer(answer)
-        if self._line or self.is_closing:
+        if self._line:
             self._wake()
         if batch.is_running:
             batch.is_running = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import FrameType
 from typing import Protocol, final
 
@@ -197,6 +198,24 @@ class TakesPermits(Protocol):
 
     def give_back(self) -> None:
         """Give one back."""
+
+
+@final
+@attrs.define(eq=False, repr=False)
+class HeldPermit:
+    """A permit of a shared bound that a running operation has."""
+
+    owner: object
+    is_held: bool = True
+
+
+held_here: ContextVar[tuple[HeldPermit, ...]] = ContextVar("held_here", default=())
+"""The permits that the code in this context runs under, those of enclosing calls included."""
+
+
+def is_held_here(owner: object) -> bool:
+    """Tell whether the code in this context runs under a permit of *owner*."""
+    return any(permit.owner is owner and permit.is_held for permit in held_here.get())
 
 
 @final

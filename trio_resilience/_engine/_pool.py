@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator
-from contextvars import Context, ContextVar, copy_context
+from contextvars import Context, copy_context
 from functools import partial
 from itertools import chain, islice
 from typing import Any, Final, final
@@ -19,7 +19,12 @@ import trio
 from outcome import Error, Value
 from trio.lowlevel import Abort, Task, disable_ki_protection, enable_ki_protection
 
-from trio_resilience._checks import NotAnOperationError, callable_operation, label
+from trio_resilience._checks import (
+    NotAnOperationError,
+    callable_operation,
+    label,
+    refuse_coroutine,
+)
 from trio_resilience._engine._chooser import Chooser, Key
 from trio_resilience._engine._driver import (
     COROUTINE,
@@ -28,7 +33,12 @@ from trio_resilience._engine._driver import (
     operation_mark,
 )
 from trio_resilience._engine._outbox import Outbox
-from trio_resilience._engine._permits import SharedBound, TakesPermits
+from trio_resilience._engine._permits import (
+    HeldPermit,
+    SharedBound,
+    TakesPermits,
+    held_here,
+)
 from trio_resilience._engine._plan import Plan
 from trio_resilience._engine._report import report
 from trio_resilience._engine._source import PLAIN, AsyncSource, Pair, close, numbered, size_of
@@ -43,19 +53,6 @@ from trio_resilience._events import (
 
 MISSING: Final = object()
 """Stands in the results for an operation that has none yet."""
-
-
-@final
-@attrs.define(eq=False, repr=False)
-class _Permit:
-    """A permit of a bound that calls share."""
-
-    owner: object
-    is_held: bool = True
-
-
-# The permits that the code in this context runs under, those of enclosing calls included.
-_held_here: ContextVar[tuple[_Permit, ...]] = ContextVar("held_here", default=())
 
 
 @final
@@ -98,7 +95,7 @@ class Pool:
     _workers: int = attrs.field(default=0, init=False)
     _spare: int = attrs.field(default=0, init=False)
     """How many more workers may be started in this batch, as operations turn up."""
-    _permits: set[_Permit] = attrs.field(factory=set[_Permit], init=False)
+    _permits: set[HeldPermit] = attrs.field(factory=set[HeldPermit], init=False)
     """Those of a shared bound that our workers hold."""
     _bound: TakesPermits = attrs.field(init=False)
     """Where they come from."""
@@ -108,7 +105,7 @@ class Pool:
     """How many workers wait for a shared bound, or for what the next operation needs besides."""
     _is_choosing: bool = attrs.field(default=False, init=False)
     """Whether one of them knows of an item that may run, and lacks the permit or the room."""
-    _outer: tuple[_Permit, ...] = attrs.field(factory=_held_here.get, init=False)
+    _outer: tuple[HeldPermit, ...] = attrs.field(factory=held_here.get, init=False)
     _began: dict[int, float] = attrs.field(factory=dict[int, float], init=False)
     """When running operations began, while somebody listens."""
 
@@ -132,10 +129,12 @@ class Pool:
         @disable_ki_protection
         def key_of(item: object) -> Hashable:
             try:
-                return self.caller.run(key, item)
+                found = self.caller.run(key, item)
             except (StopIteration, StopAsyncIteration) as error:
                 # As in a generator: out of an iterator it would mean something else.
                 raise RuntimeError(f"`key` raised {type(error).__name__}") from error
+            refuse_coroutine("key", found)
+            return found
 
         return Chooser(
             key=key_of,
@@ -305,7 +304,7 @@ class Pool:
                             context = caller.copy()
                             set_mark(index)
                             if permit is not None:
-                                context.run(_held_here.set, (*self._outer, permit))
+                                context.run(held_here.set, (*self._outer, permit))
                             if is_heard:
                                 self._report_start(index, item)
                             # Two spellings: to unpack nothing would cost as much as the call.
@@ -364,7 +363,9 @@ class Pool:
             self._start_worker()
 
     @enable_ki_protection
-    async def _admit(self, done: _Permit | None, index: int) -> tuple[Pair | None, _Permit | None]:
+    async def _admit(
+        self, done: HeldPermit | None, index: int
+    ) -> tuple[Pair | None, HeldPermit | None]:
         """Give back what operation *index* had; wait for what the next one needs; pull that.
 
         Under a shared bound one worker at a time seeks. So the call has one place in the limiter's
@@ -390,7 +391,7 @@ class Pool:
             self._start_worker()
         return pair, permit
 
-    async def _seek_under(self, bound: SharedBound) -> tuple[Pair | None, _Permit | None]:
+    async def _seek_under(self, bound: SharedBound) -> tuple[Pair | None, HeldPermit | None]:
         if self._chooser is not None:
             return await self._choose_under(bound, self._chooser)
         permit = await self._take_useful_permit(bound)
@@ -398,10 +399,12 @@ class Pool:
 
     async def _choose_under(
         self, bound: SharedBound, chooser: Chooser
-    ) -> tuple[Pair | None, _Permit | None]:
+    ) -> tuple[Pair | None, HeldPermit | None]:
         """Wait for an item, then for a permit, and then run whichever item is the first."""
         outbox = None if self._places_are_pulled() else self.outbox
         while await chooser.has_next() and not self._stopping:
+            if self._is_choosing:
+                return None, None  # who is in line already takes it, and has a worker follow
             self._is_choosing = True
             permit = await self._take_permit(bound)
             has_room = outbox is None or outbox.has_room()
@@ -473,7 +476,7 @@ class Pool:
             return next(self._pairs, None)
         return await self._async_source.next()
 
-    async def _take_useful_permit(self, bound: SharedBound) -> _Permit | None:
+    async def _take_useful_permit(self, bound: SharedBound) -> HeldPermit | None:
         """Take a permit when there is a use for it; none is kept from others while there is not."""
         while self._may_go_on():
             permit = await self._take_permit(bound)
@@ -483,11 +486,11 @@ class Pool:
             await self.outbox.wait_for_room()
         return None
 
-    async def _take_permit(self, bound: SharedBound) -> _Permit:
+    async def _take_permit(self, bound: SharedBound) -> HeldPermit:
         if not self._bound.try_take():
             self._refuse_deadlock(bound.owner)
             await self._bound.take()
-        permit = _Permit(bound.owner)
+        permit = HeldPermit(bound.owner)
         self._permits.add(permit)
         return permit
 
@@ -502,7 +505,7 @@ class Pool:
             )
 
     @enable_ki_protection
-    def _give_back(self, permit: _Permit | None) -> None:
+    def _give_back(self, permit: HeldPermit | None) -> None:
         if permit is not None and permit.is_held:
             permit.is_held = False
             self._permits.discard(permit)

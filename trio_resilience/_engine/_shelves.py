@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -13,6 +12,7 @@ import attrs
 import trio
 from trio.lowlevel import disable_ki_protection
 
+from trio_resilience._checks import refuse_coroutine
 from trio_resilience._engine._policy import Policy
 from trio_resilience._engine._run import RunState
 
@@ -240,9 +240,9 @@ def _oldest(shelf: OrderedDict[K, Kept[K, PolicyT]]) -> Kept[K, PolicyT]:
 
 @disable_ki_protection
 def _make(factory: Callable[[K], PolicyT], key: K) -> PolicyT:
-    _refuse_coroutine("key", key)
+    refuse_coroutine("key", key)
     policy = factory(key)
-    _refuse_coroutine("factory", policy)
+    refuse_coroutine("factory", policy)
     _check_policy(policy)
     return policy
 
@@ -250,10 +250,3 @@ def _make(factory: Callable[[K], PolicyT], key: K) -> PolicyT:
 def _check_policy(value: object) -> None:
     if not isinstance(value, Policy):
         raise TypeError(f"`factory` must return a policy such as Semaphore(3), got {value!r}")
-
-
-def _refuse_coroutine(name: str, value: object) -> None:
-    """Refuse what an async function in disguise has returned."""
-    if inspect.iscoroutine(value):
-        value.close()
-        raise TypeError(f"`{name}` must be a plain function, but it returned {value!r}")
