@@ -74,7 +74,8 @@ class Bulkhead(LivePolicy[Never]):
         name: label of the policy in events and errors.
 
     Raises:
-        BulkheadFullError: the line was full, or *max_wait* was over; the call was not made.
+        BulkheadFullError: the line was full, or *max_wait* was over, which is then its ``.waited``;
+            the call was not made.
 
     Example::
 
@@ -84,7 +85,7 @@ class Bulkhead(LivePolicy[Never]):
 
 
         @database
-        async def load(id: int) -> Row: ...
+        async def load(key: int) -> Row: ...
 
 
         async with database:
@@ -104,7 +105,7 @@ class Bulkhead(LivePolicy[Never]):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call runs or waits."""
+        """Whether no permit is held, and nobody waits."""
         return self._semaphore.is_idle
 
     @property
@@ -114,7 +115,7 @@ class Bulkhead(LivePolicy[Never]):
 
     @enable_ki_protection
     def acquire_nowait(self) -> None:
-        """Take the permit of one call, or raise `trio.WouldBlock`."""
+        """Take the permit of one call, or raise `trio.WouldBlock`, which counts as no refusal."""
         self._semaphore.acquire_nowait()
 
     @enable_ki_protection

@@ -38,9 +38,9 @@ class RateLimiterStatistics:
     """How a `RateLimiter` stands, and how often it has refused."""
 
     available: int
-    """How many could pass at this instant, if nobody waited."""
+    """How many could pass at this instant, if nobody waited; outside a run, the whole burst."""
     waiting: int
-    """Tasks in line."""
+    """Tasks in line; in the longest, if there are several."""
     rejections: int
 
 
@@ -268,7 +268,7 @@ class _Limiter(LivePolicy[Never]):
 
     @property
     def retry_after(self) -> float:
-        """Seconds until one more would pass, after all who wait already; 0.0: now."""
+        """Seconds until one more would pass, after all who wait already; 0.0: now, or no run."""
         return self._predict(1) if trio.lowlevel.in_trio_run() else 0.0
 
     @property
@@ -399,7 +399,7 @@ def _has_delays() -> bool:
 @final
 @attrs.define(eq=False, repr=False, init=False)
 class RateLimiter(_Limiter):
-    """Let at most ``burst + rate * T / per`` pass in any interval of T seconds.
+    """Let at most ``burst + rate * T / per`` pass in any interval of T seconds of a run.
 
     By itself it spaces calls evenly; with a *burst*, so many may go at once after a pause: "ten a
     second, and ten at once" is ``RateLimiter(10, burst=10)``. Who has to wait is served first come,
@@ -414,8 +414,9 @@ class RateLimiter(_Limiter):
         name: label of the policy in events.
 
     Raises:
-        RateLimitExceededError: the wait would be, or is, longer than *max_wait*; nothing was used
-            up, and ``.retry_after`` tells when to come back.
+        RateLimitExceededError: the wait would be longer than *max_wait*, or has become so because
+            the rate was lowered; nothing was used up, and ``.retry_after`` tells when to come back.
+        ValueError: the cost is higher than the burst.
 
     The algorithm is GCRA, the generic cell rate algorithm (ITU-T I.371).
 
@@ -489,12 +490,17 @@ class RateLimiter(_Limiter):
         """Return a limiter that takes from all of *limiters*, or from none of them.
 
         What passes counts in each of them, and they may be used by themselves too: who waits for
-        several of them is in the line of each, and nobody overtakes in any.
+        several of them is in the line of each, and nobody overtakes in any. To change a rate, set
+        it on the limiter itself.
 
         Args:
-            limiters: their own *max_wait* does not count here.
+            limiters: what has to allow a call; their own *max_wait* does not count here.
             max_wait: refuse at once who would have to wait longer than these seconds.
             name: label of the policy in events.
+
+        Raises:
+            TypeError: something else than a rate limiter is given.
+            ValueError: none is given.
 
         Example::
 

@@ -29,7 +29,7 @@ class SemaphoreStatistics:
     """How a `Semaphore` stands."""
 
     permits: int
-    """How many there are; fewer may be there than are borrowed, if their number was lowered."""
+    """How many there are; fewer than are borrowed, if their number was lowered meanwhile."""
     borrowed: int
     available: int
     waiting: int
@@ -56,7 +56,8 @@ class Semaphore(LivePolicy[Never]):
     First come, first served, also for requests of several permits, which get all or none of them:
     a large one at the head is served before small ones that came later, and nobody overtakes. Who
     is cancelled in line gives up the place, and the next go in at once. Permits belong to no task:
-    what one has acquired, another may release.
+    what one has acquired, another may release. They do belong to a run: the semaphore may live at
+    module level, and every `trio.run` begins with all of them.
 
     Args:
         permits: how many there are.
@@ -64,7 +65,13 @@ class Semaphore(LivePolicy[Never]):
 
     `permits` can be set while the program runs. More let waiting tasks in at once. Fewer take
     nothing away from those who hold some, and let nobody in until enough have come back; 0 lets
-    nobody in until it is raised again.
+    nobody in until it is raised again. A request costs time in proportion to its weight.
+
+    Raises:
+        ValueError: more is asked for than there is in all.
+        RuntimeError: more is released than is held; or an operation waits for a permit of the
+            semaphore that is the ``max_concurrency`` of its own call; or the semaphore is in use in
+            another live run.
 
     Example::
 
@@ -107,7 +114,7 @@ class Semaphore(LivePolicy[Never]):
 
     @property
     def available_permits(self) -> int:
-        """How many permits could be taken now, if nobody waits."""
+        """How many permits are free, never less than 0; while tasks wait, those come first."""
         return self.statistics().available
 
     @property
@@ -124,7 +131,7 @@ class Semaphore(LivePolicy[Never]):
 
     @enable_ki_protection
     def acquire_nowait(self, weight: int = 1) -> None:
-        """Take *weight* permits, or raise `trio.WouldBlock`.
+        """Take *weight* permits, or raise `trio.WouldBlock` if they are not free, or others wait.
 
         Raises:
             ValueError: there are not so many permits in all.
@@ -158,7 +165,10 @@ class Semaphore(LivePolicy[Never]):
         self._here().give_back(integer("weight", weight, minimum=1))
 
     def hold(self, weight: int = 1, *, wait_for_resize: bool = False) -> Hold:
-        """Take *weight* permits for an ``async with`` block; all is as in `acquire`."""
+        """Take *weight* permits for one ``async with`` block, and give them back at its end.
+
+        All is as in `acquire`, but that what is wrong with *weight* is told at once, here.
+        """
         self._check(weight, wait_for_resize=wait_for_resize)
         return Hold(weight, self._acquire)
 
@@ -166,7 +176,7 @@ class Semaphore(LivePolicy[Never]):
     async def call(
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
-        """Return the result of ``fn(*args)``, run with a permit."""
+        """Return the result of ``fn(*args)``, run with a permit; a checkpoint if that is one."""
         permits = self._here()
         if not permits.try_take():
             operation("fn", fn)

@@ -85,7 +85,8 @@ class Permits:
     def give_back(self, weight: int = 1) -> None:
         """Give so many back, and let those in who have waited longest."""
         if weight > len(self._borrowers):
-            raise RuntimeError(f"can't release {weight} permits: {len(self._borrowers)} are held")
+            wanted = "a permit" if weight == 1 else f"{weight} permits"
+            raise RuntimeError(f"can't release {wanted}: only {len(self._borrowers)} held")
         for _ in range(weight):
             self.limiter.release_on_behalf_of(self._borrowers.pop())
         if self._line:
