@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -82,14 +83,15 @@ async def test_more_permits_keep_the_order(nursery: trio.Nursery) -> None:
 async def test_the_number_can_be_set_inside(autojump_clock: MockClock) -> None:
     """By an operation that runs under it; at every entry there are not more than allowed."""
     semaphore, running, peaks = Semaphore(3), 0, list[tuple[int, int]]()
+    rng = Random(7)  # so that no two do something at the same instant
 
     async def op(number: int) -> None:
         nonlocal running
         running += 1
         peaks.append((running, semaphore.permits))
-        await trio.sleep(1 + number / 64)  # so that no two do something at the same instant
+        await trio.sleep(1 + rng.random())
         semaphore.permits = [1, 4, 2, 5, 3][number % 5]
-        await trio.sleep(1 + number / 16)
+        await trio.sleep(1 + rng.random())
         running -= 1
 
     async with trio.open_nursery() as nursery:
