@@ -19,7 +19,7 @@ PACKAGE = "trio_resilience"
 
 # Every module, in the one order that imports follow. A folder's own name stands for its `__init__`.
 LAYERS: dict[str, list[str]] = {
-    "words": ["_checks", "_errors", "_events"],
+    "words": ["_checks", "_records", "_errors", "_events"],
     "rules": [
         "_algorithms",
         "_algorithms._backoff",

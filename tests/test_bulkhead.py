@@ -317,3 +317,12 @@ async def test_a_permit_that_was_granted_in_time_is_kept() -> None:
     await trio.to_thread.run_sync(partial(trio.run, main, clock=clock))
     assert entered == [5]
     assert bulkhead.statistics().rejections == 0
+
+
+async def test_it_is_disposable_while_nobody_holds_or_wants_a_permit() -> None:
+    """So `Keyed` forgets none that is in use."""
+    bulkhead = Bulkhead(1)
+    assert bulkhead.is_disposable
+    async with bulkhead:
+        assert not bulkhead.is_disposable
+    assert bulkhead.is_disposable

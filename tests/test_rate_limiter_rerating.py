@@ -13,7 +13,7 @@ import trio.testing
 from tests.operations import Steps
 from tests.test_rate_limiter import drain
 from tests.test_rate_limiter_waiting import Crowd
-from trio_resilience import RateLimiter, RateLimiterStatistics
+from trio_resilience import RateLimiter, RateLimiterStatistics, RateLimitExceededError
 from trio_resilience.testing import Scenario, cancel_everywhere, pause
 
 if TYPE_CHECKING:
@@ -217,3 +217,42 @@ def test_who_leaves_while_the_rate_changes_harms_nobody() -> None:
         return Scenario(victim, others=others, fresh_user=partial(use, 3), invariant=check)
 
     assert cancel_everywhere(scenario).cancellations > 0
+
+
+async def test_a_rate_lowered_at_the_due_instant_changes_nothing(autojump_clock: MockClock) -> None:
+    """For what comes after: whoever runs first, the token is there at that instant."""
+    passed = set[float]()
+    for _ in range(30):  # trio shuffles what is due at the same instant
+        limiter, start = RateLimiter(1, burst=2), trio.current_time()
+        limiter.acquire_nowait(2)
+
+        async def lower(limiter: RateLimiter, start: float) -> None:
+            await trio.sleep_until(start + 1)
+            limiter.rate = 0.25
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lower, limiter, start)
+            await limiter.acquire()
+            passed.add(round(trio.current_time() - start, 6))
+            limiter.rate = 1
+    assert passed == {1}
+
+
+async def test_who_is_not_first_gives_up_in_time_too(autojump_clock: MockClock) -> None:
+    """When the rate is lowered, those in line give up when their `max_wait` is over."""
+    limiter, refused = RateLimiter(1, max_wait=5), dict[int, float]()
+    limiter.acquire_nowait()
+    start = trio.current_time()
+
+    async def visit(number: int) -> None:
+        with pytest.raises(RateLimitExceededError):
+            await limiter.acquire()
+        refused[number] = round(trio.current_time() - start, 6)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(3):
+            nursery.start_soon(visit, number)
+            await trio.testing.wait_all_tasks_blocked()
+        limiter.rate = 0.01
+    assert refused == {0: 5, 1: 5, 2: 5}
+    assert limiter.statistics().waiting == 0

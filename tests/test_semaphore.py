@@ -297,3 +297,25 @@ async def test_a_call_adds_no_trip_through_the_scheduler() -> None:
     assert await semaphore(returns)(6) == 6
     trio.lowlevel.remove_instrument(steps)
     assert steps.count == 1
+
+
+async def test_a_hold_serves_one_block() -> None:
+    """A second entry is told how to do it, and takes nothing."""
+    semaphore = Semaphore(2)
+    hold = semaphore.hold()
+    async with hold:
+        with pytest.raises(RuntimeError, match="serves one block"):
+            await hold.__aenter__()
+        assert counts(semaphore) == (1, 1, 0)
+    with pytest.raises(RuntimeError, match="serves one block"):
+        await hold.__aenter__()
+    assert counts(semaphore) == (0, 2, 0)
+
+
+async def test_an_exit_without_an_entry_gives_nothing_back() -> None:
+    """Not what others hold by `acquire`, either."""
+    semaphore = Semaphore(2)
+    await semaphore.acquire()
+    await semaphore.__aexit__(None, None, None)
+    assert counts(semaphore) == (1, 1, 0)
+    semaphore.release()

@@ -15,7 +15,6 @@ from collections.abc import (
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar, final, overload
 
-import attrs
 import trio
 from outcome import Error, Value
 from trio.lowlevel import enable_ki_protection
@@ -26,6 +25,7 @@ from trio_resilience._engine._filler import ENDED, Filler
 from trio_resilience._engine._flusher import Flusher
 from trio_resilience._engine._join import check_nursery, leaves_of
 from trio_resilience._errors import OperationsCancelledError
+from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -37,8 +37,8 @@ Seconds: TypeAlias = float | timedelta
 
 
 @final
-@attrs.frozen
-class BatcherStatistics:
+@record
+class BatcherStatistics(Record):
     """What a `Batcher` holds now, and what it has done so far."""
 
     waiting: int

@@ -17,6 +17,7 @@ from trio_resilience._engine._report import report
 from trio_resilience._engine._waiting import Waiting
 from trio_resilience._errors import BulkheadFullError
 from trio_resilience._events import Rejected
+from trio_resilience._records import Record, record
 from trio_resilience._semaphore import Semaphore, permits_of
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ Ts = TypeVarTuple("Ts")
 
 
 @final
-@attrs.frozen
-class BulkheadStatistics:
+@record
+class BulkheadStatistics(Record):
     """How a `Bulkhead` stands, and how often it has refused."""
 
     max_concurrency: int

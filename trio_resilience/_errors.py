@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-import attrs
 import trio
+
+from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,8 +106,8 @@ class BulkheadFullError(RejectedError):
         )
 
 
-@attrs.frozen
-class FailureRecord:
+@record
+class FailureRecord(Record):
     """What is remembered of a failure: no traceback, so nothing of the operation is kept alive."""
 
     type_name: str

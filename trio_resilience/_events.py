@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, final
@@ -10,13 +9,14 @@ from typing import TYPE_CHECKING, final
 import attrs
 
 from trio_resilience._checks import sync_callback
+from trio_resilience._records import Record, keyword_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class Event:
+@keyword_record
+class Event(Record):
     """Something that happened, and where."""
 
     time: float
@@ -28,14 +28,9 @@ class Event:
     operation: str
     """Name of the operation: ``name=`` of the call, or else the function's own."""
 
-    def __repr__(self) -> str:
-        # One for all of them: to generate eight would take a noticeable part of the import.
-        names = (field.name for field in attrs.fields(type(self)))
-        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
-
 
 @final
-@attrs.frozen(kw_only=True, repr=False)
+@keyword_record
 class OperationStarted(Event):
     """`run_with_limit`, or one of its kin, has begun to run an operation."""
 
@@ -43,7 +38,7 @@ class OperationStarted(Event):
 
 
 @final
-@attrs.frozen(kw_only=True, repr=False)
+@keyword_record
 class OperationFinished(Event):
     """An operation has ended: it succeeded if there is no error, or was cancelled."""
 
@@ -55,7 +50,7 @@ class OperationFinished(Event):
 
 
 @final
-@attrs.frozen(kw_only=True, repr=False)
+@keyword_record
 class AttemptStarted(Event):
     """A retry policy is about to call the operation."""
 
@@ -63,7 +58,7 @@ class AttemptStarted(Event):
 
 
 @final
-@attrs.frozen(kw_only=True, repr=False)
+@keyword_record
 class AttemptFinished(Event):
     """A call that a retry policy made has ended: it returned, unless it raised or was cancelled."""
 
@@ -76,7 +71,7 @@ class AttemptFinished(Event):
 
 
 @final
-@attrs.frozen(kw_only=True, repr=False)
+@keyword_record
 class RetryScheduled(Event):
     """An attempt was not good enough, and another follows after *delay* seconds."""
 
@@ -90,7 +85,7 @@ class RetryScheduled(Event):
 
 
 @final
-@attrs.frozen(kw_only=True, repr=False)
+@keyword_record
 class RetryGaveUp(Event):
     """A retry policy makes no further attempt; the error, or the result, is final."""
 
@@ -101,7 +96,7 @@ class RetryGaveUp(Event):
 
 
 @final
-@attrs.frozen(kw_only=True, repr=False)
+@keyword_record
 class TimedOut(Event):
     """A time limit of *timeout* seconds expired and cancelled the operation."""
 
@@ -109,13 +104,13 @@ class TimedOut(Event):
 
 
 @final
-@attrs.frozen(kw_only=True, repr=False)
+@keyword_record
 class WaitStarted(Event):
     """A call has to wait for its turn: for a permit, or until a rate limit allows it."""
 
 
 @final
-@attrs.frozen(kw_only=True, repr=False)
+@keyword_record
 class WaitFinished(Event):
     """A wait has ended: its turn came, unless it was refused or cancelled."""
 
@@ -125,7 +120,7 @@ class WaitFinished(Event):
 
 
 @final
-@attrs.frozen(kw_only=True, repr=False)
+@keyword_record
 class Rejected(Event):
     """A policy has refused a call, of which nothing was run."""
 
@@ -134,7 +129,7 @@ class Rejected(Event):
 
 
 @final
-@attrs.frozen(kw_only=True, repr=False)
+@keyword_record
 class BatchFlushed(Event):
     """A batch of *size* items has been processed: each has its result if there is no error."""
 
@@ -162,6 +157,8 @@ class Subscription:
             self.listener(event)
         except Exception:
             if not self.has_raised:
+                import logging  # noqa: PLC0415 - seldom needed, and dear to import for everybody
+
                 self.has_raised = True
                 logging.getLogger("trio_resilience").exception(
                     "listener %r raised; its further errors are not reported", self.listener

@@ -17,6 +17,7 @@ from trio_resilience._engine._report import report
 from trio_resilience._engine._shelves import IDLE, STAYS, Shelves
 from trio_resilience._errors import BulkheadFullError
 from trio_resilience._events import Rejected
+from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -31,8 +32,8 @@ PolicyT = TypeVar("PolicyT", bound=Policy[Never])
 
 
 @final
-@attrs.frozen
-class KeyedStatistics:
+@record
+class KeyedStatistics(Record):
     """How many policies a `Keyed` keeps."""
 
     keys: int

@@ -22,6 +22,7 @@ from trio_resilience._engine._run import RunState
 from trio_resilience._engine._waiting import Waiting
 from trio_resilience._errors import RateLimitExceededError
 from trio_resilience._events import Rejected
+from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -33,8 +34,8 @@ Ts = TypeVarTuple("Ts")
 
 
 @final
-@attrs.frozen
-class RateLimiterStatistics:
+@record
+class RateLimiterStatistics(Record):
     """How a `RateLimiter` stands, and how often it has refused."""
 
     available: int
@@ -108,14 +109,11 @@ class _Waiter:
         for bucket in self.buckets:
             bucket.append(self)
         try:
-            while True:
-                self._scope = trio.CancelScope(deadline=self._alarm())
-                with self._scope:
-                    await trio.sleep_forever()
-                if self._try_take():
-                    return True
-                if trio.current_time() >= self.latest:
-                    return False
+            self._scope.deadline = self._alarm()
+            with self._scope:
+                await trio.sleep_forever()
+            # What is due stays due, also if the rate is lowered before this runs.
+            return self._try_take()
         finally:
             for bucket in self.buckets:
                 bucket.remove(self)

@@ -55,6 +55,7 @@ from trio_resilience._events import (
     TimedOut,
     open_subscriptions,
 )
+from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -67,8 +68,8 @@ _BLOCK: Final = "block"
 
 
 @final
-@attrs.frozen
-class RetryStatistics:
+@record
+class RetryStatistics(Record):
     """What a `Retry` has done so far; cancelled calls count only as calls."""
 
     calls: int
@@ -80,8 +81,8 @@ class RetryStatistics:
 
 
 @final
-@attrs.frozen
-class RetryResult(Generic[T]):
+@record
+class RetryResult(Record, Generic[T]):
     """A result, and what it took to get it."""
 
     result: T

@@ -14,6 +14,7 @@ from trio_resilience._engine._permits import OpenBlocks, Permits, caller, is_hel
 from trio_resilience._engine._policy import LivePolicy, open_overrides, runs_here
 from trio_resilience._engine._run import RunState
 from trio_resilience._engine._waiting import Waiting
+from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,8 +25,8 @@ Ts = TypeVarTuple("Ts")
 
 
 @final
-@attrs.frozen
-class SemaphoreStatistics:
+@record
+class SemaphoreStatistics(Record):
     """How a `Semaphore` stands."""
 
     permits: int

@@ -15,6 +15,7 @@ from trio_resilience._engine._policy import Policy, open_overrides, overrides
 from trio_resilience._engine._report import report
 from trio_resilience._errors import OperationTimeoutError
 from trio_resilience._events import TimedOut
+from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,8 +28,8 @@ Ts = TypeVarTuple("Ts")
 
 
 @final
-@attrs.frozen
-class TimeoutStatistics:
+@record
+class TimeoutStatistics(Record):
     """What a `Timeout` has done so far."""
 
     calls: int

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias, final
 import attrs
 
 from trio_resilience._checks import number, one_of, seconds
+from trio_resilience._records import Record
 
 Backoff: TypeAlias = Callable[[Random], Iterator[float]]
 Jitter: TypeAlias = Literal["full", "equal", "none"]
@@ -63,8 +64,8 @@ def _spread(delay: float, jitter: Jitter, rng: Random) -> float:
 
 
 @final
-@attrs.frozen
-class Constant:
+@attrs.frozen(eq=False, repr=False, getstate_setstate=False)
+class Constant(Record):
     """Wait *delay* seconds every time."""
 
     delay: float = attrs.field(converter=_delay)
@@ -77,8 +78,8 @@ class Constant:
 
 
 @final
-@attrs.frozen
-class Linear:
+@attrs.frozen(eq=False, repr=False, getstate_setstate=False)
+class Linear(Record):
     """Wait *base_delay* seconds longer every time, but never more than *max_delay*."""
 
     base_delay: float = attrs.field(default=1.0, converter=_base_delay)
@@ -97,8 +98,8 @@ class Linear:
 
 
 @final
-@attrs.frozen
-class Exponential:
+@attrs.frozen(eq=False, repr=False, getstate_setstate=False)
+class Exponential(Record):
     """Wait *base_delay* seconds, then *multiplier* times as long every time, up to *max_delay*."""
 
     base_delay: float = attrs.field(default=1.0, converter=_base_delay)
@@ -118,8 +119,8 @@ class Exponential:
 
 
 @final
-@attrs.frozen
-class Fibonacci:
+@attrs.frozen(eq=False, repr=False, getstate_setstate=False)
+class Fibonacci(Record):
     """Wait 1, 1, 2, 3, 5, 8 … times *base_delay* seconds, but never more than *max_delay*."""
 
     base_delay: float = attrs.field(default=1.0, converter=_base_delay)
@@ -138,8 +139,8 @@ class Fibonacci:
 
 
 @final
-@attrs.frozen
-class Decorrelated:
+@attrs.frozen(eq=False, repr=False, getstate_setstate=False)
+class Decorrelated(Record):
     """Wait between *base_delay* and three times the wait before, but never more than *max_delay*.
 
     The decorrelated jitter of the AWS article, drawn below the cap rather than cut to it.

@@ -72,10 +72,8 @@ class Chooser:
                 await self._wait()
         return True
 
-    def next_nowait(self) -> Pair | None:
-        """Return the first item that may run, if there is one."""
-        if not self._ready:
-            return None
+    def next_nowait(self) -> Pair:
+        """Return the first item that may run; `has_next` has just told that there is one."""
         self._waiting -= 1
         pair = heappop(self._ready)
         self.rouse()

@@ -77,11 +77,6 @@ class Permits:
 
         await trio.lowlevel.wait_task_rescheduled(abort)
 
-    async def take(self) -> None:
-        """Take one, after a wait if there has to be."""
-        if not self.try_take():
-            await self.wait()
-
     def give_back(self, weight: int = 1) -> None:
         """Give so many back, and let those in who have waited longest."""
         if weight > len(self._borrowers):
@@ -176,8 +171,8 @@ class LimiterPermits:
         return True
 
     @enable_ki_protection
-    async def take(self) -> None:
-        """Take one, after a wait if there has to be."""
+    async def wait(self) -> None:
+        """Wait in line and take one; to be called if `try_take` fails."""
         borrower = object()
         await self.limiter.acquire_on_behalf_of(borrower)
         self._borrowers.append(borrower)
@@ -194,8 +189,8 @@ class TakesPermits(Protocol):
         """Take one, if there is one and nobody waits; tell whether that was so."""
         ...
 
-    async def take(self) -> None:
-        """Take one, after a wait if there has to be."""
+    async def wait(self) -> None:
+        """Wait in line and take one; to be called if `try_take` fails."""
 
     def give_back(self) -> None:
         """Give one back."""

@@ -407,16 +407,13 @@ class Pool:
                 return None, None  # who is in line already takes it, and has a worker follow
             self._is_choosing = True
             permit = await self._take_permit(bound)
-            has_room = outbox is None or outbox.has_room()
-            pair = chooser.next_nowait() if has_room else None
-            if pair is not None:
+            if outbox is None or outbox.has_room():
                 if outbox is not None:
                     outbox.take_place()
                 self._is_choosing = False
-                return self._begun(pair), permit
+                return self._begun(chooser.next_nowait()), permit
             self._give_back(permit)
-            if outbox is not None:
-                await outbox.wait_for_room()
+            await outbox.wait_for_room()
             self._is_choosing = False
         self._left = 0
         return None, None
@@ -489,7 +486,7 @@ class Pool:
     async def _take_permit(self, bound: SharedBound) -> HeldPermit:
         if not self._bound.try_take():
             self._refuse_deadlock(bound.owner)
-            await self._bound.take()
+            await self._bound.wait()
         permit = HeldPermit(bound.owner)
         self._permits.add(permit)
         return permit
