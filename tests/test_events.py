@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import attrs
 import pytest
@@ -24,6 +25,7 @@ from trio_resilience import (
     RetryScheduled,
     TimedOut,
     Timeout,
+    TimeoutStatistics,
     map_with_limit,
     run_with_limit,
     subscribe,
@@ -399,3 +401,13 @@ async def test_an_event_shows_all_that_it_knows(autojump_clock: MockClock) -> No
     shown = repr(listener.heard[0])
     assert shown.startswith("AttemptStarted(time=0.0, task=")
     assert shown.endswith("policy='mine', operation='nap', attempt=1)")
+
+
+def test_records_are_equal_if_they_are_of_one_kind_with_equal_fields() -> None:
+    """And can be in a set; what else compares itself to one, is asked."""
+    one, same = TimeoutStatistics(3, 1), TimeoutStatistics(3, 1)
+    assert one == same
+    assert {one, same} == {one}
+    assert one != TimeoutStatistics(3, 2)
+    assert one != (3, 1)
+    assert one == mock.ANY
