@@ -10,16 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from trio_resilience._cli import _demo, main
-from trio_resilience._cli._faults import PROFILES, Answer, FaultPlan, ProfileName, Treatment
+from trio_resilience._cli import _demo, _pages, main
+from trio_resilience._cli._faults import (
+    MAX_ATTEMPTS,
+    PROFILES,
+    Answer,
+    FaultPlan,
+    ProfileName,
+    Treatment,
+)
 from trio_resilience._cli._server import FaultServer
 
 if TYPE_CHECKING:
     import trio
 
 
-def demo_json(capfd: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, Any]]:
-    status = main(["demo", "--json", *options])
+NO_OUTAGE = ("--outage", "0")
+
+
+def demo_json(
+    capfd: pytest.CaptureFixture[str], *options: str, outage: float = 0.0
+) -> tuple[int, dict[str, Any]]:
+    status = main(["demo", "--json", "--outage", str(outage), *options])
     out, err = capfd.readouterr()
     document = json.loads(out)
     assert err == "".join(f"trio_resilience: {problem}\n" for problem in document["problems"])
@@ -42,6 +54,7 @@ def test_every_operation_is_accounted_for(
         assert max(run["client_peak"], run["server_peak"]) <= 10
         assert run["latency"]["p50"] <= run["latency"]["p95"] <= run["latency"]["p99"]
     assert document["with"]["failed"] == len(document["scripted_failures"])
+    assert document["outage"] is None
 
 
 def test_without_retries_what_the_script_makes_fail_at_first_fails(
@@ -76,8 +89,70 @@ def test_the_concurrency_is_used_and_not_exceeded(capfd: pytest.CaptureFixture[s
         assert document[name]["client_peak"] == document[name]["server_peak"] == 3
 
 
+def test_an_outage_costs_the_server_few_requests_and_the_client_no_page(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    options = ("--faults", "none", "--requests", "60")
+    status, document = demo_json(capfd, *options, outage=1.2)
+    assert status == 0
+    outage = document["outage"]
+    guarded, unguarded = outage["with"], outage["without"]
+    assert outage["seconds"] == 1.2
+    assert guarded["succeeded"] == 60
+    assert guarded["requests_during_outage"] < unguarded["requests_during_outage"]
+    assert 0 <= guarded["circuit_opened_after"] < 1.2
+    assert guarded["circuit_closed_after"] >= 0
+    assert guarded["refused"] > 0
+    assert guarded["seconds"] > 1.2
+    assert (unguarded["refused"], unguarded["circuit"]) == (0, [])
+    for run in (guarded, unguarded):
+        assert run["attempts"] == 60 + sum(run["retries"].values())
+        assert max(run["client_peak"], run["server_peak"]) <= 10
+
+
+def test_an_outage_opens_the_circuit_before_it_costs_a_page_its_last_attempt() -> None:
+    """And no page that waits to try again is away for so long that it becomes the probe."""
+    breaker = _pages.make_breaker()
+    assert breaker.failure_threshold is not None
+    assert breaker.failure_threshold < MAX_ATTEMPTS
+    assert _pages.BACKOFF.max_delay < _pages.RECOVERY_TIMEOUT
+
+
+def test_in_an_outage_one_page_at_a_time_comes_through_as_well(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A page whose failures open the circuit is refused next, and keeps its last attempt."""
+    options = ("--faults", "none", "--requests", "2", "--max-concurrency", "1")
+    status, document = demo_json(capfd, *options, outage=1.5)
+    assert status == 0
+    outage = document["outage"]["with"]
+    assert outage["succeeded"] == 2
+    assert outage["circuit"][-1]["state"] == "closed"
+
+
+def test_the_outage_has_its_own_table(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--requests", "10", "--faults", "none", "--outage", "0.1"]) == 0
+    out = capfd.readouterr().out
+    assert out.index("same faults") < out.index("requests received during the outage")
+    lines = out.splitlines()[-4:]
+    assert lines[0].startswith("outage, with a breaker: 10 of 10 succeeded, ")
+    assert lines[1].startswith("outage, without one: 10 of 10 succeeded, ")
+    assert lines[2:] == ["with: 10 of 10 succeeded", "without: 10 of 10 succeeded"]
+
+
+def test_a_page_that_an_outage_costs_fails_the_demo(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the breaker, that is; without it, it's what the demo shows."""
+    monkeypatch.setattr(_pages, "PATIENCE", 0.0)
+    status, document = demo_json(capfd, "--faults", "none", "--requests", "1", outage=0.5)
+    assert status == 1
+    (problem,) = document["problems"]
+    assert problem.startswith("in the outage, /page/1 failed: ")
+
+
 def test_the_default_is_a_table_with_both_results(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["--requests", "10", "--faults", "none"]) == 0
+    assert main(["--requests", "10", "--faults", "none", *NO_OUTAGE]) == 0
     out, err = capfd.readouterr()
     assert "largest concurrency, seen by the server" in out
     assert out.endswith("with: 10 of 10 succeeded\nwithout: 10 of 10 succeeded\n")
@@ -87,7 +162,7 @@ def test_the_default_is_a_table_with_both_results(capfd: pytest.CaptureFixture[s
 def test_a_page_that_nobody_can_fetch_is_mentioned(capfd: pytest.CaptureFixture[str]) -> None:
     plans = (FaultPlan("harsh", seed) for seed in range(999))
     seed = next(plan.seed for plan in plans if plan.permanent_failure("/page/1") is Treatment.GONE)
-    assert main(["--requests", "1", "--faults", "harsh", "--seed", str(seed)]) == 0
+    assert main(["--requests", "1", "--faults", "harsh", "--seed", str(seed), *NO_OUTAGE]) == 0
     out = capfd.readouterr().out
     assert "with: 0 of 1 succeeded (1 fail by script, whatever is done)\n" in out
 
@@ -128,7 +203,7 @@ def test_only_a_few_problems_are_printed(
         return Answer(Treatment.GONE, 0.0)
 
     monkeypatch.setattr(FaultPlan, "answer", gone)
-    assert main(["--requests", "9"]) == 1
+    assert main(["--requests", "9", *NO_OUTAGE]) == 1
     assert len(capfd.readouterr().err.splitlines()) == _demo.PROBLEMS_SHOWN
 
 
@@ -139,7 +214,7 @@ def test_a_reader_that_has_left_ends_the_demo_quietly(
     os.close(reader)
     with os.fdopen(writer, "w") as broken:
         monkeypatch.setattr(sys, "stdout", broken)
-        assert main(["--requests", "1", "--faults", "none"]) == 141
+        assert main(["--requests", "1", "--faults", "none", *NO_OUTAGE]) == 141
     assert capfd.readouterr().err == ""
 
 

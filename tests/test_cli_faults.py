@@ -17,6 +17,7 @@ from trio_resilience._cli._faults import (
     PROFILES,
     Answer,
     FaultPlan,
+    Outage,
     ProfileName,
     Treatment,
 )
@@ -121,3 +122,21 @@ def test_latencies_have_a_long_tail_that_ends() -> None:
 def test_only_some_answers_say_when_to_come_back() -> None:
     asking = {treatment for treatment in Treatment if Answer(treatment, 0.0).retry_after}
     assert asking == {Treatment.UNAVAILABLE_UNTIL, Treatment.TOO_MANY}
+
+
+def test_an_outage_begins_with_a_request_and_ends_by_the_clock() -> None:
+    outage = Outage(after=2, seconds=3.0)
+    down: list[bool] = []
+    for number, now in enumerate([5.0, 6.0, 10.0, 12.9, 13.0, 14.0], start=1):
+        outage.note_request(number, now)
+        down.append(outage.is_on(now))
+    assert down == [False, False, True, True, False, False]
+    assert outage.began_at == 10.0
+    assert outage.received == 2
+
+
+def test_by_default_there_is_no_outage() -> None:
+    outage = Outage()
+    outage.note_request(10**9, 1.0)
+    assert not outage.is_on(1.0)
+    assert (outage.began_at, outage.received) == (None, 0)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
         (["demo", "--max-concurrency", "0"], "--max-concurrency. Must be > 0"),
         (["demo", "--faults", "some"], "--faults"),
         (["demo", "--seed", "x"], "--seed"),
+        (["demo", "--outage", "-1"], "--outage. Must be >= 0 and finite"),
+        (["demo", "--outage", "nan"], "--outage. Must be >= 0 and finite"),
+        (["demo", "--outage", "inf"], "--outage. Must be >= 0 and finite"),
         (["demo", "--no-json"], "--no-json"),
         (["demo", "10"], "10"),
         (["dmeo"], "dmeo"),
@@ -56,7 +59,7 @@ def test_a_command_that_is_not_understood_is_refused_in_one_line(
     "arguments, words",
     [
         (["--help"], ["demo", "fetch", "--requests", "--faults"]),
-        (["demo", "-h"], ["--seed", "--json", "--max-concurrency", "exit status"]),
+        (["demo", "-h"], ["--seed", "--json", "--max-concurrency", "--outage", "exit status"]),
         (["fetch", "--help"], ["--input", "--output-dir", "--timeout", "--max-attempts", "130"]),
     ],
 )

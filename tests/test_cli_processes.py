@@ -87,16 +87,17 @@ def read_json(stdout: IO[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("profile", ["none", "mild", "harsh"])
 def test_the_demo_succeeds_whatever_the_faults_are(profile: str) -> None:
-    ended = run("demo", "--faults", profile, "--requests", "12", "--json")
+    ended = run("demo", "--faults", profile, "--requests", "12", "--json", "--outage", "0.2")
     assert (ended.returncode, ended.stderr) == (0, "")
     document = json.loads(ended.stdout)
     assert document["ok"]
     assert document["with"]["requests"] == 12
     assert document["with"]["server_peak"] <= 10
+    assert document["outage"]["with"]["succeeded"] == 12
 
 
 def test_the_demo_is_what_runs_by_default_and_prints_no_control_codes_into_a_pipe() -> None:
-    ended = run("--requests", "5")
+    ended = run("--requests", "5", "--outage", "0")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "with: 5 of 5 succeeded" in ended.stdout
     assert "\x1b" not in ended.stdout
@@ -183,12 +184,18 @@ def test_a_reader_that_takes_one_line_and_leaves_ends_it_quietly(web: Web) -> No
 
 
 def test_the_table_of_the_demo_may_go_unread() -> None:
-    with started("demo", "--requests", "3", "--faults", "none") as (process, _, stdout):
+    with started("demo", "--requests", "3", "--faults", "none", "--outage", "0") as (
+        process,
+        _,
+        stdout,
+    ):
         stdout.close()
         assert end(process) == (141, "")
 
 
-@pytest.mark.parametrize("arguments", [["fetch"], ["demo", "--json", "--faults", "none"]])
+@pytest.mark.parametrize(
+    "arguments", [["fetch"], ["demo", "--json", "--faults", "none", "--outage", "0"]]
+)
 def test_progress_is_shown_on_a_terminal_only(web: Web, arguments: list[str]) -> None:
     """And never on stdout, which stays readable for a program."""
     urls = [f"{web.url}/slow"] if arguments == ["fetch"] else []

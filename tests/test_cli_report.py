@@ -13,6 +13,7 @@ import trio
 from trio_resilience import OperationTimeoutError, RateLimitExceededError
 from trio_resilience._cli._causes import BadURLError, cause, explain, is_worth_retrying
 from trio_resilience._cli._report import (
+    CircuitChange,
     Gauge,
     RunReport,
     comparison,
@@ -21,6 +22,7 @@ from trio_resilience._cli._report import (
     problems,
 )
 from trio_resilience._cli._terminal import render
+from trio_resilience._events import CircuitState
 
 REQUEST = httpx2.Request("GET", "http://a/")
 
@@ -36,6 +38,8 @@ def report(**changes: object) -> RunReport:
         "failed": {"/a": "404"},
         "attempts": 7,
         "retries": Counter({"503": 2, "timed out": 1}),
+        "refused": 5,
+        "circuit": [CircuitChange(0.5, CircuitState.OPEN)],
         "latencies": [0.1, 0.2, 0.3],
         "seconds": 2.0,
         "client_peak": 2,
@@ -71,6 +75,8 @@ def test_a_run_as_json() -> None:
         "failures": {"404": 1},
         "attempts": 7,
         "retries": {"503": 2, "timed out": 1},
+        "refused": 5,
+        "circuit": [{"seconds": 0.5, "state": "open"}],
         "latency": {"p50": 0.2, "p95": 0.3, "p99": 0.3},
         "throughput": 1.5,
         "seconds": 2.0,
@@ -99,7 +105,11 @@ def test_too_many_at_once_is_a_problem_whoever_saw_it(side: str) -> None:
 
 def test_the_table_has_both_runs_and_every_cause() -> None:
     plain = report(
-        failed={"/a": "404", "/b": "503"}, retries=Counter[str](), latencies=[], seconds=1.0
+        failed={"/a": "404", "/b": "503"},
+        retries=Counter[str](),
+        refused=0,
+        latencies=[],
+        seconds=1.0,
     )
     lines = render(comparison(report(), plain)).splitlines()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
@@ -112,6 +122,7 @@ def test_the_table_has_both_runs_and_every_cause() -> None:
         ["retries", "3", "0"],
         ["retried: 503", "2", "0"],
         ["retried: timed out", "1", "0"],
+        ["refused by the circuit breaker", "5", "0"],
         ["latency p50", "200 ms", "none"],
         ["latency p95", "300 ms", "none"],
         ["latency p99", "300 ms", "none"],

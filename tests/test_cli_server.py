@@ -12,7 +12,7 @@ import httpx2
 import pytest
 import trio
 
-from trio_resilience._cli._faults import Answer, Treatment
+from trio_resilience._cli._faults import Answer, Outage, Treatment
 from trio_resilience._cli._server import PAGE, FaultServer
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ async def until(condition: Callable[[], object]) -> None:
 @pytest.fixture
 async def site() -> AsyncGenerator[Site]:
     script = Script()
-    server = FaultServer(script)
+    server = FaultServer(script, Outage(seconds=math.inf))
     async with trio.open_nursery() as nursery:
         url = await nursery.start(server.serve)
         yield Site(server, url, script)
@@ -210,3 +210,35 @@ async def test_a_connection_that_is_reset_ends_its_own_request_only(site: Site) 
     async with await site.connect() as stream:
         await stream.send_all(GET % b"/PAGE")
         assert await stream.receive_some()
+
+
+async def test_a_server_that_is_down_counts_its_requests_and_answers_none(
+    site: Site, client: httpx2.AsyncClient
+) -> None:
+    site.server.outage.after = 1
+    assert (await client.get("/PAGE")).content == PAGE
+    for _ in range(2):
+        with pytest.raises(httpx2.RemoteProtocolError, match="without sending a response"):
+            await client.get("/PAGE")
+    assert site.server.is_down
+    assert (site.server.requests, site.server.outage.received) == (3, 2)
+    assert site.server.in_progress == 0
+    site.server.outage.seconds = 0.0
+    assert (await client.get("/PAGE")).content == PAGE
+    assert (site.server.requests, site.server.outage.received) == (4, 2)
+
+
+async def test_a_server_that_goes_down_answers_none_that_it_has_begun_with(
+    site: Site, client: httpx2.AsyncClient
+) -> None:
+    site.server.outage.after = 1
+    site.script.latency = 0.2
+    async with trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(expect_no_answer, client)
+    assert (site.server.requests, site.server.outage.received) == (2, 1)
+
+
+async def expect_no_answer(client: httpx2.AsyncClient) -> None:
+    with pytest.raises(httpx2.RemoteProtocolError, match="without sending a response"):
+        await client.get("/PAGE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import StrEnum
 from typing import TYPE_CHECKING, final
 
 import attrs
@@ -140,6 +141,70 @@ class BatchFlushed(Event):
     """Seconds that it took to process."""
     error: Exception | None
     cancelled: bool
+
+
+class CircuitState(StrEnum):
+    """Whether a circuit breaker lets calls through."""
+
+    CLOSED = "closed"
+    """Calls go through, and are watched."""
+    OPEN = "open"
+    """Calls are refused, until the recovery time is over."""
+    HALF_OPEN = "half_open"
+    """A few calls go through, as probes, and decide."""
+    ISOLATED = "isolated"
+    """Calls are refused for as long as somebody wants it."""
+
+
+@final
+@keyword_record
+class CircuitStateChanged(Event):
+    """A circuit breaker has changed from one state to another.
+
+    The operation is that of the call which brought it about, or else the method's name.
+    """
+
+    previous: CircuitState
+    state: CircuitState
+    reason: str
+    retry_after: float | None
+    """Seconds until a probe is let through, if the circuit has opened."""
+
+
+@final
+@keyword_record
+class RejectionSkipped(Event):
+    """A policy that only watches has let a call run that it would have refused."""
+
+    retry_after: float | None
+    """Seconds after which another try would have made sense, if that is known."""
+
+
+@final
+@keyword_record
+class FallbackUsed(Event):
+    """An operation has failed, and what its caller gets is the fallback's instead."""
+
+    error: Exception
+    """What the operation raised."""
+
+
+@final
+@keyword_record
+class HedgeStarted(Event):
+    """An operation was slow, or has failed, and another leg of the same call was started."""
+
+    leg: int
+    """Which one: the first is 0, and the first hedge 1."""
+
+
+@final
+@keyword_record
+class LoserFailed(Event):
+    """A leg has raised an error when the call was decided: its clean-up failed, for instance."""
+
+    leg: int
+    error: Exception
 
 
 @final

@@ -17,6 +17,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from trio_resilience._algorithms._backoff import Backoff, Exponential
+from trio_resilience._algorithms._budget import RetryBudget, optional_budget
 from trio_resilience._algorithms._retry_rule import LongestDelays, RetryRule, Verdict
 from trio_resilience._checks import (
     NotAnOperationError,
@@ -174,6 +175,8 @@ class Retry(Policy[Never]):
         max_retry_after: give up when the other side, by a ``retry_after`` or a ``Retry-After``
             header, asks to wait longer than these seconds: to come back sooner makes it worse. A
             shorter wait is the least that the next delay will be.
+        budget: a `RetryBudget`, from which each further attempt takes a token, and which each
+            success feeds; when it is empty, the call gives up at once, with the error it has.
         on_retry: called with a `RetryScheduled` before each wait; if it raises, that is logged. The
             traceback of its error is dropped after that.
         rng: source of the jitter.
@@ -208,6 +211,7 @@ class Retry(Policy[Never]):
     attempt_timeout: float = attrs.field(default=math.inf, converter=_attempt_timeout)
     total_timeout: float = attrs.field(default=math.inf, converter=_total_timeout)
     max_retry_after: float = attrs.field(default=60.0, converter=_max_retry_after)
+    budget: RetryBudget | None = attrs.field(default=None, validator=optional_budget)
     on_retry: Callable[[RetryScheduled], object] | None = attrs.field(
         default=None, validator=_callback
     )
@@ -224,6 +228,11 @@ class Retry(Policy[Never]):
         default=attrs.Factory(_needs_nothing, takes_self=True), init=False, repr=False
     )
     _counts: _Counts = attrs.field(factory=_Counts, init=False, repr=False)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether its budget, if it has one, is full."""
+        return self.budget is None or self.budget.is_full
 
     async def call(
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
@@ -252,6 +261,8 @@ class Retry(Policy[Never]):
             if not call.failed(error):
                 raise
         else:
+            if self.budget is not None:
+                self.budget.success()
             return result
         call.forget_tracebacks()
         await call.wait()
@@ -300,6 +311,7 @@ class Retry(Policy[Never]):
             self._listeners,
             self._current_counts(mode),
             self._rule(mode),
+            self._current_budget(mode),
         )
 
     def _rule(self, mode: Overrides | None) -> RetryRule:
@@ -314,6 +326,10 @@ class Retry(Policy[Never]):
     def _current_counts(self, mode: Overrides | None) -> _Counts:
         return self._counts if mode is None else mode.state_of(self, self._counts, _Counts)
 
+    def _current_budget(self, mode: Overrides | None) -> RetryBudget | None:
+        own = self.budget
+        return own if own is None or mode is None else mode.state_of(own, own, own.anew)
+
 
 @final
 @attrs.define(eq=False, repr=False)
@@ -326,6 +342,7 @@ class _Call:
     listeners: tuple[Subscription, ...]
     counts: _Counts
     rule: RetryRule
+    budget: RetryBudget | None
     result: Any = attrs.field(default=_NOTHING, init=False)
     is_over: bool = attrs.field(default=False, init=False)
     delay: float = attrs.field(default=0.0, init=False)
@@ -339,6 +356,8 @@ class _Call:
     _limit: Limit = attrs.field(init=False)
     _began: float = attrs.field(default=0.0, init=False)
     _deadline: float = attrs.field(default=math.inf, init=False)
+    _has_token: bool = attrs.field(default=False, init=False)
+    """Whether it has taken one, of the budget, for an attempt that has not begun."""
 
     @enable_ki_protection
     def __enter__(self) -> None:
@@ -376,7 +395,7 @@ class _Call:
             self._end()
             raise
         finally:
-            del exc
+            del exc, self._limit  # which leads back here
 
     def _swallow(self, error: Exception) -> bool:
         if self.failed(error):
@@ -399,9 +418,20 @@ class _Call:
 
     def _end(self) -> None:
         self.is_over, self._error, self._traceback = True, None, None
+        self.return_token()
+
+    def return_token(self) -> None:
+        """Give the token back that was taken for an attempt, if that has not begun."""
+        if self._has_token and self.budget is not None:
+            self._has_token = False
+            self.budget.give_back()
+
+    def __del__(self) -> None:
+        # Ctrl-C between two attempts, outside of the wait, gives no other sign.
+        self.return_token()
 
     def _begin(self) -> None:
-        self._began = trio.current_time()
+        self._began, self._has_token = trio.current_time(), False
         if self.rule.attempts == 0:
             self.counts.calls += 1
             self._deadline = self._began + self.retry.total_timeout
@@ -422,6 +452,7 @@ class _Call:
                 error.__cause__ = self._error.with_traceback(self._traceback)
         return error
 
+    @enable_ki_protection
     def failed(self, error: Exception) -> bool:
         """Say whether there is to be another attempt after *error*, and in how many seconds."""
         if isinstance(error, NotAnOperationError):
@@ -455,6 +486,8 @@ class _Call:
         if is_refused is None or self.result is _NOTHING or not is_refused(self.result):
             self._end()
             self.counts.recovered += self.rule.attempts > 1
+            if self.budget is not None:
+                self.budget.success()
             return
         reason = self._schedule(verdict=True, told=retry_after_of(self.result, time.time))
         if reason:
@@ -465,9 +498,15 @@ class _Call:
     def _schedule(self, verdict: Verdict, told: float | None) -> str:
         """Plan the next attempt; return why there is none, or an empty string."""
         deadline = min(trio.current_effective_deadline(), self._deadline)
+        times = self.rule.times()
         planned = self.rule.next_delay(verdict, told, trio.current_time(), deadline)
         if isinstance(planned, str):
             return planned
+        # One that is being cancelled makes no further attempt, and needs no token for it.
+        if self.budget is not None and deadline > -math.inf:
+            if not self.budget.try_take():
+                return f"gave up after {times}: the retry budget is empty"
+            self._has_token = True
         self.delay = planned
         return ""
 
@@ -559,6 +598,10 @@ class _Attempts:
     def __init__(self, call: _Call) -> None:
         self._call = call
         self._current: Attempt | None = None
+
+    def __del__(self) -> None:
+        # A loop that is left between two attempts gives no other sign.
+        self._call.return_token()
 
     def __aiter__(self) -> _Attempts:
         return self

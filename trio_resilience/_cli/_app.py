@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Final
 import trio
 from cyclopts import App, CycloptsError, Parameter
 
-from trio_resilience._cli._demo import Setting, run_demo
+from trio_resilience._cli._demo import run_demo
 from trio_resilience._cli._faults import ProfileName
 from trio_resilience._cli._fetch import Options, run_fetch
+from trio_resilience._cli._pages import Setting
 from trio_resilience._cli._rate import Rate, parse_rate
 from trio_resilience._cli._terminal import (
     EXIT_BROKEN_PIPE,
@@ -53,6 +55,11 @@ def _positive(_type: object, value: float | None) -> None:
         raise ValueError("Must be > 0.")
 
 
+def _duration(_type: object, value: float) -> None:
+    if not 0 <= value < math.inf:  # written this way round so that NaN fails too
+        raise ValueError("Must be >= 0 and finite.")
+
+
 def _whole(_type: object, tokens: Sequence[Token]) -> int:
     # Left to itself, cyclopts rounds 1.5 to a number that nobody asked for.
     return int(tokens[0].value)
@@ -74,9 +81,13 @@ async def demo(
     max_concurrency: Count = 10,
     seed: Annotated[int, Parameter(converter=_whole)] = 1,
     faults: ProfileName = "mild",
+    outage: Annotated[float, Parameter(validator=_duration)] = 3.0,
     json: bool = False,
 ) -> int:
     """Fetch pages from a server on this machine that misbehaves, with and without the library.
+
+    Then fetch them from a server that goes down midway, with retries and a circuit breaker, and
+    with the same retries alone.
 
     The exit status is 0 if every page was fetched, but for those that the script makes fail for
     ever (in harsh), and never more than max-concurrency requests were in progress at once, as the
@@ -92,10 +103,12 @@ async def demo(
         The same seed brings the same faults.
     faults
         How badly the server behaves. Harsh has pages that fail for ever.
+    outage
+        For how many seconds the server goes down in the second part; 0 leaves that out.
     json
         Print the result as JSON.
     """
-    setting = Setting(requests, max_concurrency, seed, faults)
+    setting = Setting(requests, max_concurrency, seed, faults, outage)
     return await run_demo(setting, as_json=json)
 
 

@@ -4,10 +4,13 @@ An answer is a pure function of (profile, seed, path, attempt): two runs meet th
 however the network, the scheduler or the number of clients order their requests. And a path's
 passing faults are few enough in a row that a client with `MAX_ATTEMPTS` always gets through, for
 any seed: whether the demo succeeds is decided by the retries, never by luck.
+
+An outage is no matter of chance at all: it begins with a request, and ends by the clock.
 """
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from random import Random
 from typing import Final, Literal, final
@@ -143,3 +146,25 @@ def _draw(chances: dict[Treatment, float], rng: Random) -> Treatment | None:
         if point < 0:
             return treatment
     return None
+
+
+@final
+@attrs.define(eq=False)
+class Outage:
+    """When a server is down: once it has had *after* requests, for *seconds*; by default never."""
+
+    after: float = math.inf
+    seconds: float = 0.0
+    began_at: float | None = attrs.field(default=None, init=False)
+    received: int = attrs.field(default=0, init=False)
+    """How many requests came to the server while it was down."""
+
+    def note_request(self, number: int, now: float) -> None:
+        """Count the *number*-th request (from 1) that the server has received."""
+        if self.began_at is None and number > self.after:
+            self.began_at = now
+        self.received += self.is_on(now)
+
+    def is_on(self, now: float) -> bool:
+        """Return whether the server is down."""
+        return self.began_at is not None and now < self.began_at + self.seconds

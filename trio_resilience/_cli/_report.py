@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
+    from trio_resilience._events import CircuitState
 
 SHARES: Final = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
@@ -40,6 +41,16 @@ class Gauge:
 
 
 @final
+@attrs.frozen
+class CircuitChange:
+    """The circuit breaker's state from a moment on."""
+
+    seconds: float
+    """Since the run began."""
+    state: CircuitState
+
+
+@final
 @attrs.frozen(kw_only=True)
 class RunReport:
     """What one run came to."""
@@ -50,6 +61,9 @@ class RunReport:
     attempts: int
     retries: Counter[str]
     """How many attempts were followed by another, by what was wrong with them."""
+    refused: int
+    """How often the circuit breaker let no attempt be made, and the page had to wait."""
+    circuit: Sequence[CircuitChange]
     latencies: Sequence[float]
     """Seconds that each success took, its retries included."""
     seconds: float
@@ -84,6 +98,8 @@ class RunReport:
             "failures": dict(sorted(self.failures.items())),
             "attempts": self.attempts,
             "retries": dict(sorted(self.retries.items())),
+            "refused": self.refused,
+            "circuit": [attrs.asdict(change) for change in self.circuit],
             "latency": {name: self.latency(share) for name, share in SHARES.items()},
             "throughput": self.throughput,
             "seconds": self.seconds,
@@ -142,6 +158,7 @@ def _figures(report: RunReport, failures: list[str], retries: list[str]) -> dict
         "attempts": str(report.attempts),
         "retries": str(report.retries.total()),
         **{f"  retried: {cause}": str(report.retries[cause]) for cause in retries},
+        "refused by the circuit breaker": str(report.refused),
         **{
             f"latency {name}": _milliseconds(report.latency(share))
             for name, share in SHARES.items()

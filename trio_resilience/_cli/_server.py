@@ -13,7 +13,7 @@ import attrs
 import h11
 import trio
 
-from trio_resilience._cli._faults import STATUS, Treatment
+from trio_resilience._cli._faults import STATUS, Outage, Treatment
 
 if TYPE_CHECKING:
     from trio_resilience._cli._faults import Answer
@@ -51,9 +51,13 @@ class FaultServer:
       already here when its next request is; but the task that serves the closed connection may
       not have run yet. So before a request is counted, every connection that has an unanswered
       one is looked at: if the client has left, that request has ended.
+
+    During an *outage* no request gets an answer, also none that was in progress when it began; its
+    connection is closed instead. Requests are still read, since they are to be counted.
     """
 
     plan: Plan
+    outage: Outage = attrs.field(factory=Outage)
     requests: int = attrs.field(default=0, init=False)
     peak: int = attrs.field(default=0, init=False)
     _in_progress: set[trio.SocketStream] = attrs.field(factory=set[trio.SocketStream], init=False)
@@ -79,9 +83,15 @@ class FaultServer:
         """How many requests are counted at this moment."""
         return len(self._in_progress)
 
+    @property
+    def is_down(self) -> bool:
+        """Whether there is an outage at this moment."""
+        return self.outage.is_on(trio.current_time())
+
     def begun(self, stream: trio.SocketStream) -> None:
         """Count the request that was read from *stream*."""
         self.requests += 1
+        self.outage.note_request(self.requests, trio.current_time())
         self._in_progress = {
             other for other in (*self._in_progress, stream) if not _has_left(other)
         }
@@ -111,7 +121,11 @@ class _Conversation:
         while (request := await self._next_request()) is not None:
             self.server.begun(self.stream)
             answer = self.server.plan.answer(request.target.decode("ascii"), _attempt(request))
-            if not await self._client_waits(answer.latency):
+            if (
+                self.server.is_down
+                or not await self._client_waits(answer.latency)
+                or self.server.is_down
+            ):
                 return
             await self._send(answer)
             self.server.ended(self.stream)
