@@ -346,7 +346,8 @@ class CircuitBreaker(LivePolicy[Never]):
     def is_idle(self) -> bool:
         """Whether it is closed, nothing is counted that could open it, and no call runs."""
         live = self._here()
-        is_blank = live.rule.state is CLOSED and not live.rule.consecutive
+        in_a_row = 0 if self.failure_threshold is None else live.rule.consecutive
+        is_blank = live.rule.state is CLOSED and not in_a_row
         return is_blank and live.window() is None and not live.is_busy
 
     @property
