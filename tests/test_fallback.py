@@ -13,6 +13,7 @@ import trio
 from trio.testing import assert_checkpoints, assert_no_checkpoints
 
 from tests.operations import fails, returns
+from tests.test_hedge import at_once
 from tests.test_retry_memory import attempt_to, holding
 from tests.test_retry_memory import no_collector as no_collector  # noqa: PLC0414 - a fixture
 from trio_resilience import (
@@ -56,7 +57,8 @@ async def test_a_success_is_returned_as_it_is() -> None:
 
 async def test_a_failure_gives_way_to_the_value() -> None:
     """The same object every time; also None."""
-    for value in (None, [], 0, "cached"):
+    values: list[Any] = [None, [], 0, "cached"]
+    for value in values:
         fallback = Fallback(value=value)
         assert await fallback.call(fails, OSError()) is value
         assert await fallback.call(fails, OSError()) is value
@@ -105,6 +107,10 @@ async def test_what_the_function_returns_by_way_of_a_lambda() -> None:
 # --- what it is for -----------------------------------------------------------------------------
 
 
+def says_x(error: Exception) -> bool:
+    return "x" in str(error)
+
+
 @pytest.mark.parametrize(
     "on, error, is_matched",
     [
@@ -121,9 +127,9 @@ async def test_what_the_function_returns_by_way_of_a_lambda() -> None:
         (OSError, ValueError(), False),
         (OSError, ExceptionGroup("", [OSError(), ValueError()]), False),
         ((OSError, RejectedError), RejectedError(), True),
-        (lambda error: "x" in str(error), OSError("x"), True),
-        (lambda error: "x" in str(error), OSError("y"), False),
-        (lambda _: 0.0, OSError(), True),
+        (says_x, OSError("x"), True),
+        (says_x, OSError("y"), False),
+        (at_once, OSError(), True),
     ],
 )
 async def test_which_errors_it_is_for(on: Any, error: Exception, *, is_matched: bool) -> None:
@@ -337,8 +343,7 @@ async def test_mistakes_are_no_failures() -> None:
     with pytest.raises(TypeError, match="must be an async function, but it returned 3"):
         await fallback.call(wrong)
     assert fallback.statistics() == FallbackStatistics(0, 0, 0)
-    wrong_fallback: Any = lambda _: 3  # noqa: E731 - likewise
-    fallback = Fallback(wrong_fallback)
+    fallback = Fallback(lambda error: wrong(*[error][:0]))
     with pytest.raises(TypeError, match="must be an async function, but it returned 3"):
         await fallback.call(fails, OSError())
     assert fallback.statistics() == FallbackStatistics(1, 0, 0)
@@ -373,7 +378,7 @@ def _sync(_: Exception) -> int:
         (
             (_sync,),
             {},
-            "`async_fn` must be an async function, got the sync _sync.*`Fallback.value=",
+            "`async_fn` must be an async function, got the sync _sync.*write `Fallback",
         ),
         (("cached",), {}, "`async_fn` must be an async function, got 'cached'; for a plain value"),
         ((describe,), {"on": 3}, "`on` must be an Exception type"),

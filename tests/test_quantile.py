@@ -8,8 +8,8 @@ import statistics
 from random import Random
 from typing import Any
 
+import hypothesis
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_resilience._algorithms._quantile import LatencyEstimator, Quantile
@@ -40,7 +40,7 @@ def log_normal_quantile(quantile: float) -> float:
 # --- what is learnt -----------------------------------------------------------------------------
 
 
-@given(st.lists(st.floats(1e-5, 1e6), min_size=1, max_size=60), st.floats(0.01, 0.99))
+@hypothesis.given(st.lists(st.floats(1e-5, 1e6), min_size=1, max_size=60), st.floats(0.01, 0.99))
 def test_it_is_within_one_per_cent(latencies: list[float], quantile: float) -> None:
     """The least latency that so many are at or below, but for what the newest weigh more."""
     found = learnt(Quantile(quantile, min_samples=1), *latencies)
@@ -104,17 +104,21 @@ def test_it_follows_a_change(factor: float) -> None:
     assert estimator.seconds() == pytest.approx(log_normal_quantile(0.95) * factor, rel=0.15)
 
 
+def buckets_of(estimator: Any) -> list[dict[int, float]]:
+    return [estimator._complete, estimator._cut_short]  # noqa: SLF001 - nothing else tells
+
+
 def test_its_memory_is_bounded() -> None:
     """By the range of latencies, not by their number; and what is forgotten is let go."""
     rng, estimator = Random(5), LatencyEstimator(Quantile(0.95))
     for _ in range(1000):
         estimator.observe(10 ** rng.uniform(-7, 8), is_complete=rng.random() < 0.5)
-    buckets = [estimator._complete, estimator._cut_short]  # noqa: SLF001  # pyright: ignore
+    buckets = buckets_of(estimator)
     assert all(300 < len(each) < 1500 for each in buckets)
     for _ in range(300_000):
         estimator.observe(1.0, is_complete=True)
     assert estimator.seconds() == pytest.approx(1, rel=0.01)
-    buckets = [estimator._complete, estimator._cut_short]  # noqa: SLF001  # pyright: ignore
+    buckets = buckets_of(estimator)
     assert [len(each) for each in buckets] == [1, 0]
 
 
@@ -184,8 +188,9 @@ def test_hedging_does_not_make_it_too_small(initial: float) -> None:
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"quantile": 0.5, **options}
     with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
-        Quantile(**{"quantile": 0.5, **options})
+        Quantile(**given)
 
 
 def test_the_initial_value_may_be_a_timedelta() -> None:

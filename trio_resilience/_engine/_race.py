@@ -69,7 +69,6 @@ class Race(Generic[T]):
     """What ends the whole call."""
     _cancellation: BaseException | None = attrs.field(default=None, init=False)
     """That of the waiting task."""
-    _has_news: bool = attrs.field(default=False, init=False)
     _waiter: Task | None = attrs.field(default=None, init=False)
     _interrupt: Callable[[], NoReturn] | None = attrs.field(default=None, init=False)
 
@@ -87,7 +86,7 @@ class Race(Generic[T]):
                 if self._running:
                     nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            # Ctrl-C, while the losers were joined: a nursery keeps that, and no cancellation.
+            # Ctrl-C, as the losers were about to be joined: a nursery keeps that.
             self._stoppers += leaves_of(group)
         if self._stoppers and self.winner is not None:
             self.unwanted.append(self._value)
@@ -109,10 +108,8 @@ class Race(Generic[T]):
     async def _wait(self) -> None:
         """Wait until a leg has ended, or the next is due."""
         with trio.CancelScope(deadline=self._due):
-            if not self._has_news:
-                self._waiter = trio.lowlevel.current_task()
-                await trio.lowlevel.wait_task_rescheduled(self._abort)
-            self._has_news = False
+            self._waiter = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
             interrupt, self._interrupt = self._interrupt, None
             # A result that has come meanwhile is not lost: trio repeats what is not raised here.
             if interrupt is not None and not self._is_decided:
@@ -162,7 +159,6 @@ class Race(Generic[T]):
         leg.seconds = trio.current_time() - began
         self._running -= 1
         self.on_end(leg)
-        self._has_news = True
         self._wake()
 
     def _succeeded(self, leg: Leg, value: T) -> None:
@@ -177,7 +173,10 @@ class Race(Generic[T]):
         rest = _without_cancellations(error) if is_cancelled else error
         if rest is None:
             return
-        if not isinstance(rest, Exception) or isinstance(rest, NotAnOperationError):
+        if isinstance(rest, NotAnOperationError):
+            # A mistake in the program is the same one in every leg.
+            self._stoppers = self._stoppers or [rest]
+        elif not isinstance(rest, Exception):
             self._stoppers.append(rest)
         elif is_cancelled or self.winner is not None:
             self.late[leg.number] = rest
