@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias, TypeGuard, final
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias, TypeGuard, cast, final
 
 from trio_resilience._bulkhead import Bulkhead
 from trio_resilience._circuit_breaker import CircuitBreaker
 from trio_resilience._engine._policy import Policy
+from trio_resilience._errors import RejectedError
 from trio_resilience._fallback import Fallback
 from trio_resilience._hedge import Hedge
 from trio_resilience._rate_limiter import CombinedRateLimiter, RateLimiter
@@ -19,8 +20,6 @@ from trio_resilience._timeout import Timeout
 
 AnyPolicy: TypeAlias = Policy[object]
 Layers: TypeAlias = tuple[AnyPolicy, ...]
-
-_WAITING = (Bulkhead, CombinedRateLimiter, RateLimiter, Semaphore)
 
 
 @final
@@ -42,7 +41,7 @@ def advice_on(layers: Layers) -> list[Advice]:
 
 
 def _repeated(layers: Layers) -> Iterator[Advice]:
-    """Find repeats of repeats, for which nothing pays."""
+    """Find repeats of repeats that no budget bounds."""
     found = [layer for layer in layers if _repeats(layer) and layer.budget is None]
     if len(found) > 1:
         yield Advice(
@@ -55,20 +54,24 @@ def _repeated(layers: Layers) -> Iterator[Advice]:
 
 def _hanging(layers: Layers) -> Iterator[Advice]:
     """Find retries of which one attempt may use up all the time."""
-    for index, retry in enumerate(layers):
-        if (
-            not isinstance(retry, Retry)
-            or _most_calls(retry) == 1
-            or retry.attempt_timeout < math.inf
-        ):
-            continue
-        around = [layer for layer in layers[:index] if _limits([layer])]
-        if (around or _limits([retry])) and not _limits(layers[index + 1 :]):
+    for retry, around in _without_limit_inside(layers):
+        if _backs_off(retry) and not _limits_attempts(retry):
             yield Advice(
-                (*around, retry),
+                (*(layer for layer in around if layer is not retry), retry),
                 f"an attempt of {_called(retry)} that hangs uses up all the time that"
-                f" {_all(around or [retry])} allows, and is never tried again; put a `Timeout`"
-                " inside the retry, too, or set its `attempt_timeout`",
+                f" {_all(around)} allows, and is never tried again; put a `Timeout` inside the"
+                " retry, too, or set its `attempt_timeout`",
+            )
+
+
+def _unheard(layers: Layers) -> Iterator[Advice]:
+    """Find breakers that no call tells that it hangs."""
+    for breaker, around in _without_limit_inside(layers):
+        if isinstance(breaker, CircuitBreaker):
+            yield Advice(
+                (*around, breaker),
+                f"a call that hangs is cancelled by {_all(around)}, outside {_called(breaker)}, and"
+                " so is no failure for it, nor opens it; put a `Timeout` inside the breaker, too",
             )
 
 
@@ -89,27 +92,26 @@ def _vain(layers: Layers) -> Iterator[Advice]:
 
 def _blinded(layers: Layers) -> Iterator[Advice]:
     """Find those that wait for failures which a fallback further in turns into results."""
-    for outer, fallbacks in _around_any(layers, Fallback):
+    for outer, fallbacks in _around_any(layers, _hides_failures):
         if isinstance(outer, CircuitBreaker) and outer.failure_result is None:
-            what = "never sees the failures, and never opens"
+            what = "does not open because of it"
         elif isinstance(outer, Retry) and outer.retry_result is None:
-            what = "never sees the failures, and never tries again"
+            what = "does not try it again"
         elif isinstance(outer, Hedge):
-            what = "takes what is given instead for a success, and cancels a leg that may have one"
+            what = "cancels a leg that may yet succeed"
         else:
             continue
         yield Advice(
             (outer, *fallbacks),
-            f"{_called(outer)} is around {_all(fallbacks)}, and so {what}; put the fallback"
-            " outside",
+            f"{_called(outer)} is around {_all(fallbacks)}: it takes what is given in the place of"
+            f" a failure for a success, and {what}; put the fallback outside",
         )
 
 
 def _hoarding(layers: Layers) -> Iterator[Advice]:
     """Find permits that are kept while nothing runs."""
-    for outer, inner in _around_any(layers, Retry):
-        retries = [retry for retry in inner if _repeats(retry)]
-        if isinstance(outer, (Bulkhead, Semaphore)) and retries:
+    for outer, retries in _around_any(layers, _backs_off):
+        if isinstance(outer, (Bulkhead, Semaphore)):
             yield Advice(
                 (outer, *retries),
                 f"{_called(outer)} is around {_all(retries)}: a call keeps its permit while it"
@@ -119,9 +121,8 @@ def _hoarding(layers: Layers) -> Iterator[Advice]:
 
 def _uncounted(layers: Layers) -> Iterator[Advice]:
     """Find rate limits that count calls, and not what is made of them."""
-    for outer, inner in _around_any(layers, (Retry, Hedge)):
-        repeats = [layer for layer in inner if _repeats(layer)]
-        if isinstance(outer, (RateLimiter, CombinedRateLimiter)) and repeats:
+    for outer, repeats in _around_any(layers, _repeats):
+        if isinstance(outer, (RateLimiter, CombinedRateLimiter)):
             yield Advice(
                 (outer, *repeats),
                 f"{_called(outer)} is around {_all(repeats)}: it counts a call once, however often"
@@ -133,7 +134,7 @@ def _uncounted(layers: Layers) -> Iterator[Advice]:
 def _misjudged(layers: Layers) -> Iterator[Advice]:
     """Find breakers that hold against what they guard that this side makes calls wait."""
     for index, breaker in enumerate(layers):
-        for timeout, waits in _around_any(layers[index + 1 :], _WAITING):
+        for timeout, waits in _around_any(layers[index + 1 :], _makes_wait):
             if isinstance(breaker, CircuitBreaker) and isinstance(timeout, Timeout):
                 yield Advice(
                     (breaker, timeout, *waits),
@@ -157,6 +158,7 @@ def _doubled(layers: Layers) -> Iterator[Advice]:
 _RULES = (
     _repeated,
     _hanging,
+    _unheard,
     _vain,
     _blinded,
     _hoarding,
@@ -170,17 +172,44 @@ _RULES = (
 
 
 def _around_any(
-    layers: Layers, kind: type[Any] | tuple[type[Any], ...]
+    layers: Layers, is_one: Callable[[AnyPolicy], bool]
 ) -> Iterator[tuple[AnyPolicy, list[AnyPolicy]]]:
-    """Yield each layer that is around some of that *kind*, with these."""
+    """Yield each layer that is around some of a kind, with these."""
     for index, layer in enumerate(layers):
-        inner = [each for each in layers[index + 1 :] if isinstance(each, kind)]
+        inner = list(filter(is_one, layers[index + 1 :]))
         if inner:
             yield layer, inner
 
 
+def _without_limit_inside(layers: Layers) -> Iterator[tuple[AnyPolicy, list[AnyPolicy]]]:
+    """Yield each layer with those that limit its time from outside, if none does from inside."""
+    for index, layer in enumerate(layers):
+        around = [each for each in layers[: index + 1] if _limits([each])]
+        if around and not _limits(layers[index + 1 :]):
+            yield layer, around
+
+
 def _repeats(layer: AnyPolicy) -> TypeGuard[Retry | Hedge]:
     return isinstance(layer, (Retry, Hedge)) and _most_calls(layer) > 1
+
+
+def _backs_off(layer: AnyPolicy) -> bool:
+    return isinstance(layer, Retry) and _repeats(layer)
+
+
+def _makes_wait(layer: AnyPolicy) -> bool:
+    return isinstance(layer, (Bulkhead, CombinedRateLimiter, RateLimiter, Semaphore))
+
+
+def _hides_failures(layer: AnyPolicy) -> bool:
+    """Tell whether it is a fallback for more than refusals, which count as no failures anyway."""
+    return isinstance(layer, Fallback) and not _means_refusals(layer.on)
+
+
+def _means_refusals(match: object) -> bool:
+    if isinstance(match, tuple):
+        return all(map(_means_refusals, cast("tuple[object, ...]", match)))
+    return isinstance(match, type) and issubclass(match, RejectedError)
 
 
 def _most_calls(layer: Retry | Hedge) -> float:
@@ -198,6 +227,10 @@ def _limits(layers: Iterable[AnyPolicy]) -> list[tuple[float, AnyPolicy]]:
         elif isinstance(layer, Retry):
             found += [(layer.total_timeout, layer), (layer.attempt_timeout, layer)]
     return [limit for limit in found if limit[0] < math.inf]
+
+
+def _limits_attempts(layer: AnyPolicy) -> bool:
+    return isinstance(layer, Retry) and layer.attempt_timeout < math.inf
 
 
 def _product(numbers: Iterable[float]) -> str:

@@ -164,6 +164,7 @@ class Pipeline(Policy[F], Generic[F]):
     def __init__(self, *layers: Policy[F], name: str = "pipeline") -> None: ...
 
     def __init__(self, *layers: Policy[Any], name: str = "pipeline") -> None:
+        _check(layers)
         self.layers = tuple(_flat(layers))
         if not self.layers:
             raise ValueError(f"a pipeline must have at least one layer: {_EXAMPLE}")
@@ -273,17 +274,17 @@ class Pipeline(Policy[F], Generic[F]):
 # --- how it is built ------------------------------------------------------------------------------
 
 
-def _flat(layers: Iterable[Any]) -> Iterator[Policy[Any]]:
+def _check(layers: Iterable[object]) -> None:
     for index, layer in enumerate(layers):
         if not isinstance(layer, Policy):
             raise TypeError(
                 f"`layers[{index}]` must be a policy such as Retry(), got {layer!r}: {_EXAMPLE}"
             )
-        yield from _layers_of(layer)
 
 
-def _layers_of(policy: Policy[Any]) -> tuple[Policy[Any], ...]:
-    return policy.layers if isinstance(policy, Pipeline) else (policy,)
+def _flat(layers: Iterable[Policy[Any]]) -> Iterator[Policy[Any]]:
+    for layer in layers:
+        yield from layer.layers if isinstance(layer, Pipeline) else (layer,)
 
 
 def _chosen(kind: str, given: object, name: str) -> Policy[Never] | None:
