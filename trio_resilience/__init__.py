@@ -1,5 +1,6 @@
 """Keep a trio program working when what it calls is slow, flaky or overloaded."""
 
+from trio_resilience._advice import Advice
 from trio_resilience._algorithms._backoff import (
     Constant,
     Decorrelated,
@@ -7,6 +8,8 @@ from trio_resilience._algorithms._backoff import (
     Fibonacci,
     Linear,
 )
+from trio_resilience._algorithms._budget import RetryBudget, RetryBudgetStatistics
+from trio_resilience._algorithms._quantile import Quantile
 from trio_resilience._batching import (
     Batcher,
     BatcherStatistics,
@@ -15,6 +18,7 @@ from trio_resilience._batching import (
     open_batcher,
 )
 from trio_resilience._bulkhead import Bulkhead, BulkheadStatistics
+from trio_resilience._circuit_breaker import CircuitBreaker, CircuitBreakerStatistics
 from trio_resilience._classify import transient
 from trio_resilience._concurrency import (
     Stream,
@@ -24,6 +28,7 @@ from trio_resilience._concurrency import (
     stream_map_with_limit,
     stream_with_limit,
 )
+from trio_resilience._engine._guard import CircuitGuard, CircuitIsolation
 from trio_resilience._engine._policy import Policy
 from trio_resilience._errors import (
     BulkheadFullError,
@@ -43,10 +48,16 @@ from trio_resilience._events import (
     AttemptFinished,
     AttemptStarted,
     BatchFlushed,
+    CircuitState,
+    CircuitStateChanged,
     Event,
+    FallbackUsed,
+    HedgeStarted,
+    LoserFailed,
     OperationFinished,
     OperationStarted,
     Rejected,
+    RejectionSkipped,
     RetryGaveUp,
     RetryScheduled,
     TimedOut,
@@ -54,7 +65,10 @@ from trio_resilience._events import (
     WaitStarted,
     subscribe,
 )
+from trio_resilience._fallback import Fallback, FallbackStatistics
+from trio_resilience._hedge import Hedge, HedgeStatistics
 from trio_resilience._keyed import Keyed, KeyedStatistics
+from trio_resilience._pipeline import Pipeline, PipelineStatistics
 from trio_resilience._rate_limiter import (
     CombinedRateLimiter,
     RateLimiter,
@@ -71,6 +85,7 @@ from trio_resilience._semaphore import Semaphore, SemaphoreStatistics
 from trio_resilience._timeout import Timeout, TimeoutStatistics
 
 __all__ = [
+    "Advice",
     "Attempt",
     "AttemptFinished",
     "AttemptStarted",
@@ -82,7 +97,13 @@ __all__ = [
     "BulkheadFullError",
     "BulkheadStatistics",
     "CallAbandonedError",
+    "CircuitBreaker",
+    "CircuitBreakerStatistics",
+    "CircuitGuard",
+    "CircuitIsolation",
     "CircuitOpenError",
+    "CircuitState",
+    "CircuitStateChanged",
     "CombinedRateLimiter",
     "ConfigError",
     "Constant",
@@ -90,24 +111,37 @@ __all__ = [
     "Event",
     "Exponential",
     "FailureRecord",
+    "Fallback",
+    "FallbackStatistics",
+    "FallbackUsed",
     "Fibonacci",
+    "Hedge",
+    "HedgeStarted",
+    "HedgeStatistics",
     "Keyed",
     "KeyedStatistics",
     "Linear",
+    "LoserFailed",
     "OperationFinished",
     "OperationStarted",
     "OperationTimeoutError",
     "OperationsCancelledError",
     "OperationsFailedError",
+    "Pipeline",
+    "PipelineStatistics",
     "Policy",
+    "Quantile",
     "RateLimitExceededError",
     "RateLimiter",
     "RateLimiterStatistics",
     "Rejected",
     "RejectedError",
+    "RejectionSkipped",
     "ResilienceError",
     "RetriesExhaustedError",
     "Retry",
+    "RetryBudget",
+    "RetryBudgetStatistics",
     "RetryGaveUp",
     "RetryResult",
     "RetryScheduled",

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from inspect import CO_COROUTINE
 from random import Random
-from types import FunctionType, TracebackType
+from types import FunctionType
 from typing import Any, Never, TypeVar, TypeVarTuple, final
 
 import attrs
@@ -15,7 +15,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from trio_resilience._algorithms._backoff import Backoff, Constant
-from trio_resilience._algorithms._breaker import CLOSED, ISOLATED, NOBODY, Limits
+from trio_resilience._algorithms._breaker import CLOSED, ISOLATED, Limits
 from trio_resilience._algorithms._window import CallWindow, TimeWindow, Window
 from trio_resilience._checks import (
     flag,
@@ -27,17 +27,16 @@ from trio_resilience._checks import (
 )
 from trio_resilience._classify import Classifier, ErrorMatch, transient
 from trio_resilience._engine._circuit import (
-    NOTHING,
     Circuit,
-    CircuitRun,
     Judge,
     name_of,
     run_abandonable,
     run_coroutine,
 )
 from trio_resilience._engine._driver import run_unprotected
+from trio_resilience._engine._guard import CircuitGuard, CircuitIsolation
 from trio_resilience._engine._policy import LivePolicy, open_overrides, overrides
-from trio_resilience._errors import CallAbandonedError, FailureRecord
+from trio_resilience._errors import FailureRecord
 from trio_resilience._events import CircuitState
 from trio_resilience._records import Record, record
 
@@ -401,15 +400,15 @@ class CircuitBreaker(LivePolicy[Never]):
         self._judge.returned(run, ticket, result, began, fn if name is None else name)
         return result
 
-    def guard(self, name: str | None = None) -> Guard:
+    def guard(self, name: str | None = None) -> CircuitGuard:
         """Watch a block of code rather than a function: ``async with breaker.guard():``.
 
         *name* labels it in events. To enter it is a checkpoint.
         """
-        return Guard(self._here, self._judge, "block" if name is None else name)
+        return CircuitGuard(self._here, self._judge, "block" if name is None else name)
 
     @enable_ki_protection
-    def isolate(self) -> Isolation:
+    def isolate(self) -> CircuitIsolation:
         """Refuse all calls until the handle that this returns is released.
 
         There may be several such handles: when the last of them is released, the circuit is closed
@@ -419,7 +418,7 @@ class CircuitBreaker(LivePolicy[Never]):
         run = live.by_hand()
         live.rule.isolate(holder)
         self._judge.announce_by_hand(live, run, "isolate")
-        return Isolation(live, self._judge, holder)
+        return CircuitIsolation(live, self._judge, holder)
 
     @enable_ki_protection
     def reset(self) -> None:
@@ -493,117 +492,3 @@ class CircuitBreaker(LivePolicy[Never]):
         now = self.statistics()
         failed = now.consecutive_failures
         return f"CircuitBreaker(name={self.name!r}: {now.state}, {failed} failed in a row)"
-
-
-@final
-@attrs.define(eq=False, repr=False)
-class Guard:
-    """A block of code under a circuit breaker; see `CircuitBreaker.guard`."""
-
-    _find: Callable[[], Circuit]
-    _judge: Judge
-    _name: str
-    _run: CircuitRun | None = attrs.field(default=None, init=False)
-    _ticket: int = attrs.field(default=NOBODY, init=False)
-    _began: float = attrs.field(default=0.0, init=False)
-    _result: object = attrs.field(default=NOTHING, init=False)
-    _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
-
-    def set_result(self, value: object) -> None:
-        """Give the block's result to *failure_result*; a block that gives none has succeeded."""
-        self._result = value
-
-    @enable_ki_protection
-    async def __aenter__(self) -> Guard:
-        if self._run is not None:
-            raise RuntimeError("a guard serves one block: call `guard()` anew for the next")
-        await trio.lowlevel.checkpoint()
-        run = self._find().runs.get()
-        rule = run.rule
-        if rule.state is CLOSED:
-            self._ticket = rule.generation
-        else:
-            self._ticket = await self._judge.admit(run, self._name)
-        run.in_flight += 1
-        self._run, self._began = run, run.now()
-        if self._judge.abandons:
-            run.scopes[self._scope] = None
-            self._scope.__enter__()
-        return self
-
-    @enable_ki_protection
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        run = self._run
-        assert run is not None
-        if not run.is_here:
-            return  # what belongs to a run that has died has died with it
-        try:
-            self._close_scope(run, exc_type, exc, traceback)
-        except BaseException as error:
-            self._end(run, error)
-            raise
-        else:
-            self._end(run, exc)
-        finally:
-            del exc
-
-    def _close_scope(
-        self,
-        run: CircuitRun,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._judge.abandons:
-            del run.scopes[self._scope]
-            try:
-                # It says the same of a block that has ended without an error.
-                if self._scope.__exit__(exc_type, exc, traceback) and exc is not None:
-                    raise CallAbandonedError(self._judge.name) from None
-            finally:
-                del exc
-
-    def _end(self, run: CircuitRun, error: BaseException | None) -> None:
-        run.leave(self._ticket)
-        if error is None:
-            self._judge.returned(run, self._ticket, self._result, self._began, self._name)
-        elif isinstance(error, Exception):
-            self._judge.raised(run, self._ticket, error, self._began, self._name)
-
-
-@final
-@attrs.define(eq=False, repr=False)
-class Isolation:
-    """A hold on a circuit that is isolated; see `CircuitBreaker.isolate`.
-
-    It ends with `release`, or with a ``with`` block.
-    """
-
-    _circuit: Circuit
-    _judge: Judge
-    _holder: object
-
-    @enable_ki_protection
-    def release(self) -> None:
-        """Give the hold up; to do so twice is harmless."""
-        run = self._circuit.by_hand()
-        self._circuit.rule.release(self._holder)
-        self._judge.announce_by_hand(self._circuit, run, "release")
-
-    @enable_ki_protection
-    def __enter__(self) -> Isolation:
-        return self
-
-    @enable_ki_protection
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()

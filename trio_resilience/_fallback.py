@@ -25,7 +25,15 @@ T = TypeVar("T")
 F = TypeVar("F", covariant=True)
 Ts = TypeVarTuple("Ts")
 
-_NOT_GIVEN: Final[Any] = object()
+
+class _NotGiven:
+    """In place of an argument that may be anything."""
+
+    def __repr__(self) -> str:
+        return "<not given>"
+
+
+_NOT_GIVEN: Final[Any] = _NotGiven()
 
 # A note is to tell errors apart, and not to carry all that they say.
 _short = reprlib.Repr()
