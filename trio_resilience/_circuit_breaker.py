@@ -237,8 +237,8 @@ class CircuitBreaker(LivePolicy[Never]):
         half_open_max_calls: how many probes there may be at a time.
         success_threshold: how many of them have to succeed to close it.
         half_open_timeout: when all the probes there may be are under way, and this is over since
-            any of them began or ended, they count as failed. ``None``: the recovery time, but at
-            least a second. It is the next call that finds it out.
+            any of them began or ended, they count as failed. ``None``: the recovery time, or a
+            second if that is 0. It is the next call that finds it out.
         failure_on: which errors are failures; as `Retry`'s ``on``. A group of errors is one if all
             its leaves are.
         failure_result: a function of the result that returns whether it is a failure, too.

@@ -44,9 +44,8 @@ ISOLATED: Final = CircuitState.ISOLATED
 NOBODY: Final = -1
 """The ticket of a call that is let through though it should be refused: of no generation."""
 
-SHORTEST_PATIENCE: Final = 1.0
-"""Seconds: else a recovery time shorter than a call would have every probe given up as hung."""
-
+PATIENCE: Final = 1.0
+"""Seconds, where there is no recovery time: else a probe would be given up as soon as it began."""
 
 Pace: TypeAlias = Callable[[], Random | None]
 """Return what recovery times are drawn with; ``None`` if they are to be zero."""
@@ -209,7 +208,7 @@ class Breaker:
     def patience(self) -> float:
         """Seconds without a word after which probes have failed."""
         timeout = self.limits.half_open_timeout
-        return max(self.recovery, SHORTEST_PATIENCE) if timeout is None else timeout
+        return (self.recovery or PATIENCE) if timeout is None else timeout
 
     def _is_hung(self, now: float) -> bool:
         if self._probing < self.limits.half_open_max_calls:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
 
-    from trio_resilience._circuit_breaker import CircuitBreaker
+    from trio_resilience import CircuitBreaker
     from trio_resilience._cli._pages import Setting
     from trio_resilience._cli._report import RunReport
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, final
 import attrs
 from rich.table import Table
 
+from trio_resilience import CircuitState
 from trio_resilience._cli._report import headline, overloads, problems
-from trio_resilience._events import CircuitState
 
 if TYPE_CHECKING:
     from trio_resilience._cli._report import RunReport

@@ -12,20 +12,20 @@ import trio
 
 from trio_resilience import (
     Bulkhead,
+    CircuitBreaker,
+    CircuitStateChanged,
     Exponential,
+    Pipeline,
     RejectedError,
     Retry,
     RetryScheduled,
     run_with_limit,
     subscribe,
 )
-from trio_resilience._circuit_breaker import CircuitBreaker
 from trio_resilience._cli._causes import cause
 from trio_resilience._cli._faults import MAX_ATTEMPTS, FaultPlan, Outage
 from trio_resilience._cli._report import CircuitChange, Gauge, RunReport
 from trio_resilience._cli._server import ATTEMPT_HEADER
-from trio_resilience._events import CircuitStateChanged
-from trio_resilience._pipeline import Pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
-    from trio_resilience._events import CircuitState
+    from trio_resilience import CircuitState
 
 SHARES: Final = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
