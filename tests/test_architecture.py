@@ -96,6 +96,7 @@ LAYERS: dict[str, list[str]] = {
         "_cli._pages",
         "_cli._urls",
         "_cli._rate",
+        "_cli._advice",
         "_cli._demo",
         "_cli._fetch",
         "_cli._app",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import trio
 from cyclopts import App, CycloptsError, Parameter
 
+from trio_resilience._cli._advice import run_advice
 from trio_resilience._cli._demo import run_demo
 from trio_resilience._cli._faults import ProfileName
 from trio_resilience._cli._fetch import Options, run_fetch
@@ -172,6 +173,23 @@ async def fetch(
         max_per_host=max_per_host,
     )
     return await run_fetch(urls, input, options)
+
+
+@app.command
+def advice(*targets: str) -> int:
+    """Tell which layers of a program's pipelines are almost surely in the wrong order, and why.
+
+    The exit status is 0 if nothing is odd, 1 if something is, and 2 if a pipeline can't be found.
+
+    Parameters
+    ----------
+    targets
+        Where the pipelines are, such as shop.policies:payments; or a module, for all in it. It is
+        imported, from the current directory or from what is installed.
+    """
+    if not targets:
+        raise UsageError("no pipeline is given: name one, such as shop.policies:payments")
+    return run_advice(targets)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
