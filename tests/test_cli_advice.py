@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,7 +28,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shop_policies.py").write_text(SHOP)
     (tmp_path / "shop_empty.py").write_text("")
     (tmp_path / "shop_broken.py").write_text("1 / 0")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
 
 
 def test_a_pipeline_that_is_in_order(capfd: pytest.CaptureFixture[str]) -> None:

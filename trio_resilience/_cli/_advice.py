@@ -30,14 +30,11 @@ def _find(target: str) -> dict[str, Pipeline[Any]]:
         return {target: found}
     if not isinstance(found, ModuleType):
         raise UsageError(f"{target} is no Pipeline, but {found!r}")
-    members = {
-        f"{target}:{name}": value
-        for name, value in vars(found).items()
-        if isinstance(value, Pipeline)
-    }
+    named: dict[str, Any] = vars(found)
+    members = [name for name, value in named.items() if isinstance(value, Pipeline)]
     if not members:
         raise UsageError(f"{target} has no Pipeline at module level")
-    return members
+    return {f"{target}:{name}": named[name] for name in members}
 
 
 def _import(target: str) -> object:
