@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from tests.operations import returns
-from trio_resilience import CircuitOpenError
+from trio_resilience import CircuitOpenError, Retry
 from trio_resilience import _checks as checks
 from trio_resilience._checks import NotAnOperationError
 
@@ -305,3 +305,15 @@ def test_a_cell_that_is_not_filled_yet_does_no_harm() -> None:
         checks.operation("fn", use)
     later = 1
     assert use() == later
+
+
+def test_functions_are_shown_by_their_names() -> None:
+    """And not by their addresses, wherever they are in what is shown."""
+    assert checks.shown((OSError, (len, 3), "a")) == "(OSError, (len, 3), 'a')"
+    assert checks.shown((functools.partial(int, base=2),)) == "(int,)"
+    assert checks.shown(None) == "None"
+    retry = repr(Retry(retry_result=bool, on_retry=print))
+    assert "on=transient," in retry
+    assert "retry_result=bool," in retry
+    assert "on_retry=print," in retry
+    assert "backoff=Exponential(" in retry

@@ -9,7 +9,7 @@ import numbers
 import types
 from collections.abc import Awaitable, Iterable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 WordT = TypeVar("WordT", bound=str)
 
@@ -174,6 +174,14 @@ def label(fn: object) -> str:
         fn = fn.func
     name = getattr(fn, "__qualname__", None)
     return name if isinstance(name, str) else repr(fn)
+
+
+def shown(value: object) -> str:
+    """Return a repr in which functions and types go by the names by which a user knows them."""
+    if isinstance(value, tuple):
+        parts = [shown(part) for part in cast("tuple[object, ...]", value)]
+        return f"({', '.join(parts)}{',' * (len(parts) == 1)})"
+    return label(value) if callable(value) else repr(value)
 
 
 _ASYNC_DEF = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE

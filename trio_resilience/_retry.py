@@ -27,6 +27,7 @@ from trio_resilience._checks import (
     number,
     operation,
     seconds,
+    shown,
     sync_callback,
 )
 from trio_resilience._classify import (
@@ -211,15 +212,17 @@ class Retry(Policy[Never]):
     """
 
     max_attempts: int | None = attrs.field(default=3, converter=_most_attempts)
-    on: ErrorMatch = transient
-    backoff: Backoff = attrs.field(factory=Exponential, validator=_backoff)
-    retry_result: Callable[[Any], object] | None = attrs.field(default=None, validator=_callback)
+    on: ErrorMatch = attrs.field(default=transient, repr=shown)
+    backoff: Backoff = attrs.field(factory=Exponential, validator=_backoff, repr=shown)
+    retry_result: Callable[[Any], object] | None = attrs.field(
+        default=None, validator=_callback, repr=shown
+    )
     attempt_timeout: float = attrs.field(default=math.inf, converter=_attempt_timeout)
     total_timeout: float = attrs.field(default=math.inf, converter=_total_timeout)
     max_retry_after: float = attrs.field(default=60.0, converter=_max_retry_after)
     budget: RetryBudget | None = attrs.field(default=None, validator=optional_budget)
     on_retry: Callable[[RetryScheduled], object] | None = attrs.field(
-        default=None, validator=_callback
+        default=None, validator=_callback, repr=shown
     )
     rng: Random = attrs.field(factory=Random, converter=_rng, validator=_random, repr=False)
     name: str = "retry"
