@@ -9,13 +9,11 @@ import pytest
 import trio
 import trio.testing
 
-from tests.operations import leaves, reachable
+from tests.operations import leaves
 from tests.test_retry import Script, always, errors, exactly
 from trio_resilience import (
-    CircuitOpenError,
     Constant,
     Event,
-    RejectedError,
     Retry,
     RetryGaveUp,
     RetryScheduled,
@@ -249,31 +247,6 @@ async def test_causes_and_contexts_are_kept(autojump_clock: MockClock, form: Any
     assert len(causes) == 3
     assert caught.value.__cause__ is caught.value.__context__ is causes[-1]
     assert causes[-1].__context__ is None
-
-
-@forms
-async def test_a_refusal_tells_what_had_failed_before(autojump_clock: MockClock, form: Any) -> None:
-    """Such as the failure for which a circuit has opened, however many refusals came since."""
-    cause = OSError("connection reset")
-    refusals = [CircuitOpenError("circuit", 1.0) for _ in range(3)]
-    with pytest.raises(CircuitOpenError) as caught:
-        await form(exactly(max_attempts=4, on=(OSError, RejectedError)), Script([cause, *refusals]))
-    assert caught.value is refusals[-1]
-    assert caught.value.__cause__ is cause
-    assert reachable(caught.value) == [caught.value, cause]
-
-
-@forms
-async def test_a_refusal_that_has_a_cause_keeps_it(autojump_clock: MockClock, form: Any) -> None:
-    """Nor does one at the first attempt get any."""
-    mine, refusal = ValueError(), CircuitOpenError("circuit")
-    with pytest.raises(CircuitOpenError):
-        await form(exactly(), Script([refusal]))
-    assert refusal.__cause__ is None
-    refusal.__cause__ = mine
-    with pytest.raises(CircuitOpenError):
-        await form(exactly(), Script([OSError(), refusal]))
-    assert refusal.__cause__ is mine
 
 
 @pytest.mark.parametrize("error", [StopIteration("a"), StopAsyncIteration("b")], ids=repr)

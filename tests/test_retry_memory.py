@@ -13,7 +13,7 @@ import trio
 
 from tests.test_retry import Script, errors, exactly, is_busy
 from tests.test_retry_endings import forms, timed
-from trio_resilience import CircuitOpenError, Constant, Retry
+from trio_resilience import Constant, Retry
 from trio_resilience._checks import NotAnOperationError
 
 if TYPE_CHECKING:
@@ -199,8 +199,6 @@ ENDINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "backoff is wrong": ([OSError, OSError], {"backoff": bad_second_delay}),
     "retry_result raises": ([OSError, "busy"], {"retry_result": raises_on_ok}),
     "backoff ends": ([OSError] * 3, {"backoff": one_delay}),
-    "refused": ([OSError, CircuitOpenError], {}),
-    "refused again": ([OSError, CircuitOpenError, CircuitOpenError], {"on": Exception}),
 }  # fmt: skip
 
 

@@ -47,11 +47,7 @@ from trio_resilience._engine._traceback import (
     below_our_frames,
     drop_tracebacks,
 )
-from trio_resilience._errors import (
-    OperationTimeoutError,
-    RejectedError,
-    RetriesExhaustedError,
-)
+from trio_resilience._errors import OperationTimeoutError, RetriesExhaustedError
 from trio_resilience._events import (
     AttemptFinished,
     AttemptStarted,
@@ -190,8 +186,6 @@ class Retry(Policy[Never]):
     Raises:
         RetriesExhaustedError: the last result was refused by *retry_result*.
         OperationTimeoutError: *total_timeout* expired while an attempt ran.
-        RejectedError: a policy further in has refused the last attempt; its cause is what the
-            operation raised before.
 
     Retries multiply: three attempts around three attempts are nine calls.
 
@@ -470,7 +464,6 @@ class _Call:
             self.counts.repeats -= self.rule.attempts - 1
             return False
         self._finished(error)
-        self._add_cause(error)
         if self.is_over:
             reason = f"gave up after {self.rule.times()}: `total_timeout` is over"
         else:
@@ -489,16 +482,6 @@ class _Call:
         if self.operation is not _BLOCK:
             self._traceback = below_our_frames(error.__traceback__)
         return True
-
-    def _add_cause(self, error: Exception) -> None:
-        """Let a refusal tell what had failed before it, for which a circuit has opened perhaps."""
-        before = self._error
-        if before is None or not isinstance(error, RejectedError) or error.__cause__ is not None:
-            return
-        if isinstance(before, RejectedError):
-            error.__cause__ = before.__cause__
-        else:
-            error.__cause__ = before.with_traceback(self._traceback)
 
     def _returned(self) -> None:
         self._finished(None)
