@@ -132,6 +132,29 @@ def test_what_a_budget_bounds_multiplies_nothing() -> None:
     assert len(reasons(Retry(), Hedge(after=1, budget=budget), Retry())) == 1
 
 
+@pytest.mark.parametrize("on", [RejectedError, (CircuitOpenError, (BulkheadFullError,))], ids=repr)
+def test_what_is_refused_multiplies_nothing(on: Any) -> None:
+    """Nothing was run: a retry for refusals alone waits until the operation may be called."""
+    outer = Retry(max_attempts=None, on=on)
+    assert reasons(outer, Retry(), CircuitBreaker()) == []
+    assert reasons(outer, Hedge(after=1), CircuitBreaker()) == []
+    assert reasons(RateLimiter(1), outer, CircuitBreaker()) == []
+    assert reasons(Timeout(9), outer) == []
+
+
+def test_what_is_not_only_for_refusals_does() -> None:
+    """For errors as well, for results, or for what no type tells."""
+    kinds: list[dict[str, Any]] = [
+        {"on": (OSError, RejectedError)},
+        {"on": RejectedError, "retry_result": bool},
+        {"on": (RejectedError, transient)},
+    ]
+    for options in kinds:
+        retry = Retry(max_attempts=2, **options)
+        assert "2 x 3 = 6 times" in reason(retry, Retry())
+    assert "2 x 3 = 6 times" in reason(Hedge(after=1, on=RejectedError), Retry())
+
+
 # --- time limits ----------------------------------------------------------------------------------
 
 

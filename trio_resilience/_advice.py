@@ -42,7 +42,7 @@ def advice_on(layers: Layers) -> list[Advice]:
 
 def _repeated(layers: Layers) -> Iterator[Advice]:
     """Find repeats of repeats that no budget bounds."""
-    found = [layer for layer in layers if _repeats(layer) and layer.budget is None]
+    found = [layer for layer in layers if _adds_calls(layer) and layer.budget is None]
     if len(found) > 1:
         yield Advice(
             tuple(found),
@@ -55,7 +55,7 @@ def _repeated(layers: Layers) -> Iterator[Advice]:
 def _hanging(layers: Layers) -> Iterator[Advice]:
     """Find retries of which one attempt may use up all the time."""
     for retry, around in _without_limit_inside(layers):
-        if _backs_off(retry) and not _limits_attempts(retry):
+        if _retries_calls(retry) and not _limits_attempts(retry):
             yield Advice(
                 (*(layer for layer in around if layer is not retry), retry),
                 f"an attempt of {_called(retry)} that hangs uses up all the time that"
@@ -121,7 +121,7 @@ def _hoarding(layers: Layers) -> Iterator[Advice]:
 
 def _uncounted(layers: Layers) -> Iterator[Advice]:
     """Find rate limits that count calls, and not what is made of them."""
-    for outer, repeats in _around_any(layers, _repeats):
+    for outer, repeats in _around_any(layers, _adds_calls):
         if isinstance(outer, (RateLimiter, CombinedRateLimiter)):
             yield Advice(
                 (outer, *repeats),
@@ -191,6 +191,17 @@ def _without_limit_inside(layers: Layers) -> Iterator[tuple[AnyPolicy, list[AnyP
 
 def _repeats(layer: AnyPolicy) -> TypeGuard[Retry | Hedge]:
     return isinstance(layer, (Retry, Hedge)) and _most_calls(layer) > 1
+
+
+def _adds_calls(layer: AnyPolicy) -> TypeGuard[Retry | Hedge]:
+    return _retries_calls(layer) or (isinstance(layer, Hedge) and _repeats(layer))
+
+
+def _retries_calls(layer: AnyPolicy) -> TypeGuard[Retry]:
+    """Tell whether it is a retry for more than refusals, of which nothing was run."""
+    if not isinstance(layer, Retry) or _most_calls(layer) == 1:
+        return False
+    return layer.retry_result is not None or not _means_refusals(layer.on)
 
 
 def _backs_off(layer: AnyPolicy) -> bool:
