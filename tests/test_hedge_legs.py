@@ -417,6 +417,58 @@ async def test_what_the_caller_handles_is_the_context(autojump_clock: MockClock)
     assert "_run_leg" not in frames
 
 
+def lines(error: BaseException) -> list[str]:
+    """The names of the functions in the traceback of *error*."""
+    return [entry.name for entry in traceback.extract_tb(error.__traceback__)]
+
+
+async def test_an_instance_that_all_legs_raise_has_the_traceback_of_the_first(
+    autojump_clock: MockClock,
+) -> None:
+    """It does not grow with the number of legs; nor does that of what a group holds."""
+    leaf, error = OSError("leaf"), OSError("mine")
+
+    async def in_a_group() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails, leaf)
+
+    for legs in (1, 9):
+        hedge = Hedge(after=1, max_hedges=legs)
+        with pytest.raises(OSError, match="mine"):
+            await hedge.call(fails, error)
+        assert lines(error)[1:] == ["call", "result", "fails"]
+        error.__traceback__ = None
+        with pytest.raises(ExceptionGroup):
+            await hedge.call(in_a_group)
+        assert lines(leaf) == ["fails"]
+        leaf.__traceback__ = None
+
+
+async def test_every_leg_raises_its_error_where_it_does(autojump_clock: MockClock) -> None:
+    """What is raised again in another place tells of the place of the first leg."""
+    error = OSError("mine")
+
+    async def first() -> None:
+        await trio.sleep(2)
+        raise error
+
+    cast = Cast([first, partial(fails, error), partial(after, 2, error)])
+    with pytest.raises(OSError, match="mine"):
+        await Hedge(after=1, max_hedges=2).call(cast)
+    assert lines(error)[-1] == "first"
+
+
+async def test_errors_that_are_only_told_show_where_they_come_from(
+    autojump_clock: MockClock,
+) -> None:
+    """Without the frames of ours that have led there."""
+    error, heard = OSError("mine"), list[Event]()
+    with subscribe(heard.append):
+        await Hedge(after=1).call(Cast([partial(fail_in_cleanup, error), partial(after, 1)]))
+    assert [event.error for event in heard if isinstance(event, LoserFailed)] == [error]
+    assert lines(error) == ["__call__", "fail_in_cleanup"]
+
+
 ENDINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "success": ([], {}),
     "success after a failure": ([OSError], {}),

@@ -13,7 +13,11 @@ from trio.lowlevel import Abort, Task, enable_ki_protection
 from trio_resilience._checks import NotAnOperationError
 from trio_resilience._engine._driver import run_unprotected
 from trio_resilience._engine._join import leaves_of
-from trio_resilience._engine._traceback import without_our_frames
+from trio_resilience._engine._traceback import (
+    Tracebacks,
+    put_tracebacks_back,
+    take_tracebacks,
+)
 
 T = TypeVar("T")
 
@@ -65,6 +69,8 @@ class Race(Generic[T]):
     _due: float = attrs.field(default=math.inf, init=False)
     _running: int = attrs.field(default=0, init=False)
     _just_failed: list[Exception] = attrs.field(factory=list[Exception], init=False)
+    _tracebacks: dict[int, Tracebacks] = attrs.field(factory=dict[int, Tracebacks], init=False)
+    """Those of what legs have raised, while others may raise the same."""
     _stoppers: list[BaseException] = attrs.field(factory=list[BaseException], init=False)
     """What ends the whole call."""
     _cancellation: BaseException | None = attrs.field(default=None, init=False)
@@ -88,6 +94,9 @@ class Race(Generic[T]):
         except BaseExceptionGroup as group:
             # Ctrl-C, as the losers were about to be joined: a nursery keeps that.
             self._stoppers += leaves_of(group)
+        # Of what several have raised, the traceback of the first leg is put back last, and stays.
+        for number in sorted(self._tracebacks, reverse=True):
+            put_tracebacks_back(self._tracebacks[number])
         if self._stoppers and self.winner is not None:
             self.unwanted.append(self._value)
 
@@ -173,6 +182,7 @@ class Race(Generic[T]):
         rest = _without_cancellations(error) if is_cancelled else error
         if rest is None:
             return
+        self._tracebacks[leg.number] = take_tracebacks(rest)
         if isinstance(rest, NotAnOperationError):
             # A mistake in the program is the same one in every leg.
             self._stoppers = self._stoppers or [rest]
@@ -211,13 +221,13 @@ class Race(Generic[T]):
                 return self._value
             if cancellation is not None:
                 raise _one_of("cancelled legs failed", [*self.late.values(), cancellation])
-            raise without_our_frames(self.failures[min(self.failures)])
+            raise self.failures[min(self.failures)]
         finally:
             del stoppers, cancellation
 
     def forget(self) -> None:
         """Let go of all errors, whose tracebacks lead to the legs, and from there to here."""
-        self.failures, self.late, self._just_failed = {}, {}, []
+        self.failures, self.late, self._just_failed, self._tracebacks = {}, {}, [], {}
         self._stoppers, self._cancellation, self._interrupt = [], None, None
 
 

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Container
 from contextlib import suppress
 from types import TracebackType
-from typing import TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
+
+Tracebacks: TypeAlias = list[tuple[BaseException, TracebackType | None]]
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 
@@ -39,6 +41,24 @@ def drop_tracebacks(error: BaseException, handled: Container[int]) -> None:
     for part in _parts(error):
         if id(part) not in handled:
             part.__traceback__ = None
+
+
+def take_tracebacks(error: BaseException) -> Tracebacks:
+    """Take those of *error* and its parts away, without our frames, to be put back later.
+
+    Meanwhile another task may raise the same instances, whose tracebacks then do not add up.
+    """
+    taken: Tracebacks = [(part, part.__traceback__) for part in _parts(error)]
+    taken[0] = error, below_our_frames(error.__traceback__)
+    for part, _ in taken:
+        part.with_traceback(None)
+    return taken
+
+
+def put_tracebacks_back(taken: Tracebacks) -> None:
+    """Undo what `take_tracebacks` has done."""
+    for part, traceback in taken:
+        part.with_traceback(traceback)
 
 
 def being_handled() -> Container[int]:
