@@ -228,7 +228,7 @@ def test_the_same_within_a_retry() -> None:
 
 def test_a_standard_pipeline_whose_total_is_too_short() -> None:
     assert "the 10 s of Timeout 'pipeline.attempt_timeout'" in reason(
-        *Pipeline.standard(timeout=10).layers
+        *Pipeline.standard(timeout=10, attempt_timeout=10).layers
     )
 
 

@@ -57,8 +57,43 @@ def test_there_is_nothing_odd_about_it() -> None:
 
 def test_its_signature_shows_what_is_made() -> None:
     signature = str(inspect.signature(Pipeline.standard))
-    for shown in ("= Retry()", "= CircuitBreaker()", "= Bulkhead(10)", "= 30.0", "= 10.0"):
+    for shown in ("= Retry()", "= CircuitBreaker()", "= Bulkhead(10)", "= 30.0", "= timeout / 3"):
         assert shown in signature
+
+
+@pytest.mark.parametrize(
+    "timeout, attempt",
+    [
+        (5, 5 / 3),
+        (dt.timedelta(minutes=1), 20),
+        (Timeout(0.3), 0.1),
+        (None, 10),
+        (math.inf, 10),
+        (Timeout(math.inf), 10),
+    ],
+    ids=repr,
+)
+def test_an_attempt_has_a_third_of_the_whole(timeout: Any, attempt: float) -> None:
+    """By default, so that it may expire before the whole does; or 10 s, if that never does."""
+    pipeline = Pipeline.standard(timeout=timeout)
+    assert layers_of(pipeline)[-1].seconds == pytest.approx(attempt)
+    assert pipeline.advice() == []
+
+
+async def test_an_attempt_that_hangs_leaves_time_for_another(autojump_clock: MockClock) -> None:
+    """However short the total timeout is."""
+    hangs, breaker = iter([True, False]), CircuitBreaker()
+    retry = Retry(backoff=Constant(0.1))
+
+    async def op() -> str:
+        await trio.sleep(math.inf if next(hangs) else 0)
+        return "ok"
+
+    pipeline = Pipeline.standard(timeout=0.6, retry=retry, breaker=breaker)
+    watch = Stopwatch()
+    assert await pipeline.call(op) == "ok"
+    assert watch.seconds == 0.3
+    assert breaker.statistics().failures == 1
 
 
 def test_every_pipeline_gets_layers_of_its_own() -> None:

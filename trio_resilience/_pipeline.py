@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -64,16 +65,28 @@ class PipelineStatistics(Record):
 class _Default:
     """Stands for a policy that each pipeline gets one of its own of."""
 
-    make: Callable[[str], Policy[Never]]
+    make: Callable[[str, Policy[Never] | None], Policy[Never]]
+    """Called with the pipeline's name and its total timeout."""
     shown: str
 
     def __repr__(self) -> str:
         return self.shown
 
 
-_RETRY: Final[Any] = _Default(lambda name: Retry(name=f"{name}.retry"), "Retry()")
-_BREAKER: Final[Any] = _Default(lambda name: CircuitBreaker(f"{name}.circuit"), "CircuitBreaker()")
-_BULKHEAD: Final[Any] = _Default(lambda name: Bulkhead(10, name=f"{name}.bulkhead"), "Bulkhead(10)")
+def _part_of(name: str, total: Policy[Never] | None) -> Timeout:
+    """Return a limit that an attempt reaches before the whole does: a third of that, if any."""
+    whole = total.seconds if isinstance(total, Timeout) else math.inf
+    return Timeout(whole / 3 if whole < math.inf else 10, name=f"{name}.attempt_timeout")
+
+
+_RETRY: Final[Any] = _Default(lambda name, _: Retry(name=f"{name}.retry"), "Retry()")
+_BREAKER: Final[Any] = _Default(
+    lambda name, _: CircuitBreaker(f"{name}.circuit"), "CircuitBreaker()"
+)
+_BULKHEAD: Final[Any] = _Default(
+    lambda name, _: Bulkhead(10, name=f"{name}.bulkhead"), "Bulkhead(10)"
+)
+_THIRD: Final[Any] = _Default(_part_of, "timeout / 3")
 
 
 @final
@@ -183,7 +196,7 @@ class Pipeline(Policy[F], Generic[F]):
         retry: Policy[Never] | None = _RETRY,
         breaker: Policy[Never] | None = _BREAKER,
         bulkhead: Policy[Never] | None = _BULKHEAD,
-        attempt_timeout: float | timedelta | Timeout | None = 10.0,
+        attempt_timeout: float | timedelta | Timeout | None = _THIRD,
         name: str = "pipeline",
     ) -> Pipeline[Never]:
         """Return a pipeline for calls of one dependency, each layer of which can be left out.
@@ -212,7 +225,8 @@ class Pipeline(Policy[F], Generic[F]):
             breaker: by default, a new `CircuitBreaker`, which five failures in a row open, for a
                 minute.
             bulkhead: by default, a new `Bulkhead` of ten calls at a time; the others wait.
-            attempt_timeout: as *timeout*; choose less than a third of it for three attempts.
+            attempt_timeout: as *timeout*; by default a third of it, so that an attempt that hangs
+                leaves time for another, or 10 seconds if there is no *timeout*.
             name: label of the pipeline; the layers that this makes are called after it.
 
         Each may be ``None``, to leave that layer out, and each policy another one, such as a
@@ -222,12 +236,13 @@ class Pipeline(Policy[F], Generic[F]):
 
             github = Pipeline.standard(retry=Retry(max_attempts=5), name="github")
         """
+        total = _limit("timeout", timeout, name)
         layers = (
-            _limit("timeout", timeout, name),
+            total,
             _chosen("retry", retry, name),
             _chosen("breaker", breaker, name),
             _chosen("bulkhead", bulkhead, name),
-            _limit("attempt_timeout", attempt_timeout, name),
+            _limit("attempt_timeout", attempt_timeout, name, total),
         )
         return Pipeline(*(layer for layer in layers if layer is not None), name=name)
 
@@ -289,15 +304,20 @@ def _flat(layers: Iterable[Policy[Any]]) -> Iterator[Policy[Any]]:
 
 def _chosen(kind: str, given: object, name: str) -> Policy[Never] | None:
     if isinstance(given, _Default):
-        return given.make(name)
+        return given.make(name, None)
     if given is None or isinstance(given, Policy):
         return cast("Policy[Never] | None", given)
     raise TypeError(f"`{kind}` must be a policy, or None to leave it out, got {given!r}")
 
 
 def _limit(
-    kind: str, given: float | timedelta | Policy[Never] | None, name: str
+    kind: str,
+    given: float | timedelta | Policy[Never] | _Default | None,
+    name: str,
+    total: Policy[Never] | None = None,
 ) -> Policy[Never] | None:
+    if isinstance(given, _Default):
+        return given.make(name, total)
     if given is None or isinstance(given, Policy):
         return given
     return Timeout(seconds(kind, given), name=f"{name}.{kind}")
