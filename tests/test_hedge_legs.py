@@ -417,6 +417,24 @@ async def test_what_the_caller_handles_is_the_context(autojump_clock: MockClock)
     assert "_run_leg" not in frames
 
 
+async def test_what_the_operation_handled_stays_the_context(autojump_clock: MockClock) -> None:
+    """Whatever the caller handles, it is what the error came from."""
+    first, error, handled = KeyError("first"), OSError("mine"), ValueError("handled")
+
+    async def op() -> None:
+        try:
+            raise first
+        except KeyError:
+            raise error  # noqa: B904 - it is the context that counts here
+
+    try:
+        raise handled
+    except ValueError:
+        with pytest.raises(OSError, match="mine"):
+            await Hedge(after=1).call(op)
+    assert error.__context__ is first
+
+
 def lines(error: BaseException) -> list[str]:
     """The names of the functions in the traceback of *error*."""
     return [entry.name for entry in traceback.extract_tb(error.__traceback__)]

@@ -213,17 +213,26 @@ class Race(Generic[T]):
 
         If all legs have failed, that is the error of the first one.
         """
-        stoppers, cancellation = self._stoppers, self._cancellation
+        error = self._error()
+        if error is None:
+            return self._value
+        context = error.__context__
         try:
-            if stoppers:
-                raise _one_of("several legs stopped the call", stoppers)
-            if self.winner is not None:
-                return self._value
-            if cancellation is not None:
-                raise _one_of("cancelled legs failed", [*self.late.values(), cancellation])
-            raise self.failures[min(self.failures)]
+            raise error
         finally:
-            del stoppers, cancellation
+            # It was raised in another task: what the caller handles takes the place of nothing.
+            if context is not None:
+                error.__context__ = context
+            del error, context
+
+    def _error(self) -> BaseException | None:
+        if self._stoppers:
+            return _one_of("several legs stopped the call", self._stoppers)
+        if self.winner is not None:
+            return None
+        if self._cancellation is not None:
+            return _one_of("cancelled legs failed", [*self.late.values(), self._cancellation])
+        return self.failures[min(self.failures)]
 
     def forget(self) -> None:
         """Let go of all errors, whose tracebacks lead to the legs, and from there to here."""
