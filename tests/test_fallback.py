@@ -349,6 +349,13 @@ async def test_mistakes_are_no_failures() -> None:
     assert fallback.statistics() == FallbackStatistics(1, 0, 0)
 
 
+def test_it_is_immutable() -> None:
+    """Whoever shares it can rely on what it was made for."""
+    fallback: Any = Fallback(value=1)
+    with pytest.raises(AttributeError):
+        fallback.on = OSError
+
+
 def test_it_shows_what_it_gives() -> None:
     assert repr(Fallback(describe, on=OSError)) == (
         "Fallback(describe, on=<class 'OSError'>, name='fallback')"

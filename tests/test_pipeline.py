@@ -104,6 +104,13 @@ class Mark(Policy[Never]):
         return None
 
 
+def test_it_is_immutable() -> None:
+    """Whoever shares it can rely on its layers."""
+    pipeline: Any = Pipeline(Retry())
+    with pytest.raises(AttributeError):
+        pipeline.layers = (Timeout(1),)
+
+
 async def test_the_first_layer_is_the_outermost() -> None:
     marks = list[str]()
     layers = [Mark(mark, marks) for mark in "abc"]

@@ -79,7 +79,7 @@ def _async_function(fn: object) -> None:
 
 
 @final
-@attrs.define(eq=False, repr=False, init=False)
+@attrs.frozen(eq=False, repr=False, init=False)
 class Fallback(Policy[F], Generic[F]):
     """Return something else when an operation fails: a value, or what an async function returns.
 
@@ -146,11 +146,15 @@ class Fallback(Policy[F], Generic[F]):
         if has_function:
             _async_function(async_fn)
         Classifier.of("on", on)
-        self.on, self.name = on, name
-        self._fn = async_fn if has_function else None
-        self._value = None if has_function else value
-        self._classifier = Classifier.of("on", _without_abandoned_calls(on))
-        self._counts = _Counts()
+        this: Any = self
+        this.__attrs_init__(
+            on=on,
+            name=name,
+            fn=async_fn if has_function else None,
+            value=None if has_function else value,
+            classifier=Classifier.of("on", _without_abandoned_calls(on)),
+            counts=_Counts(),
+        )
 
     async def call(
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None

@@ -90,7 +90,7 @@ _THIRD: Final[Any] = _Default(_part_of, "timeout / 3")
 
 
 @final
-@attrs.define(eq=False, repr=False, init=False)
+@attrs.frozen(eq=False, repr=False, init=False)
 class Pipeline(Policy[F], Generic[F]):
     """Run an operation under several policies at once, the first around the second, and so on.
 
@@ -178,16 +178,16 @@ class Pipeline(Policy[F], Generic[F]):
 
     def __init__(self, *layers: Policy[Any], name: str = "pipeline") -> None:
         _check(layers)
-        self.layers = tuple(_flat(layers))
-        if not self.layers:
+        flat = tuple(_flat(layers))
+        if not flat:
             raise ValueError(f"a pipeline must have at least one layer: {_EXAMPLE}")
-        self.name = name
-        *outer, innermost = self.layers
+        *outer, innermost = flat
         run = _innermost(innermost.call)
         for layer in reversed(outer):
             wrap = _around if isinstance(layer, _BLIND) else _around_with_arguments
             run = wrap(layer.call, run)
-        self._run = run
+        this: Any = self
+        this.__attrs_init__(layers=flat, name=name, run=run)
 
     @staticmethod
     def standard(
