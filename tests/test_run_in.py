@@ -60,6 +60,26 @@ async def test_a_failure_surfaces_here(autojump_clock: MockClock, given: bool, p
 
 
 @both
+async def test_what_the_operation_handled_stays_the_context(given: bool) -> None:
+    """Whatever the caller handles, it is what the error came from."""
+    first, error, handled = KeyError("first"), OSError("mine"), ValueError("handled")
+
+    async def op() -> None:
+        try:
+            raise first
+        except KeyError:
+            raise error  # noqa: B904 - it is the context that counts here
+
+    async with trio.open_nursery() as nursery:
+        try:
+            raise handled
+        except ValueError:
+            with pytest.raises(OSError, match="mine"):
+                await run_in(nursery if given else None, op)
+    assert error.__context__ is first
+
+
+@both
 async def test_a_group_surfaces_as_the_object_it_is(given: bool) -> None:
     """A group that the function raises is neither wrapped nor opened."""
     group = ExceptionGroup("mine", [OSError(), ValueError()])

@@ -137,7 +137,7 @@ class Job(Generic[T]):
             if error is None and hasattr(self, "value"):
                 return self.value
             if isinstance(error, Exception):
-                raise error
+                _raise_from_another_task(error)
             if error is not None:
                 raise self.stopped_by(error)
         finally:
@@ -153,6 +153,17 @@ class Job(Generic[T]):
         except BaseException as interruption:  # noqa: BLE001 - it is raised in the group
             leaves.append(interruption.with_traceback(None))
         return BaseExceptionGroup("an operation stopped the job", leaves)
+
+
+def _raise_from_another_task(error: Exception) -> NoReturn:
+    """Raise *error*, whose own context, if it has one, what is handled here does not replace."""
+    context = error.__context__
+    try:
+        raise error
+    finally:
+        if context is not None:
+            error.__context__ = context
+        del error, context
 
 
 def _split(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
