@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,14 @@ import pytest
 import trio
 import trio.testing
 
-from tests.operations import leaves
+from tests.operations import leaves, reachable
 from tests.test_retry import Script, always, errors, exactly
 from trio_resilience import (
+    CircuitBreaker,
+    CircuitOpenError,
     Constant,
     Event,
+    RejectedError,
     Retry,
     RetryGaveUp,
     RetryScheduled,
@@ -247,6 +251,48 @@ async def test_causes_and_contexts_are_kept(autojump_clock: MockClock, form: Any
     assert len(causes) == 3
     assert caught.value.__cause__ is caught.value.__context__ is causes[-1]
     assert causes[-1].__context__ is None
+
+
+@forms
+@timed
+async def test_a_refusal_after_a_failure_has_that_as_its_cause(
+    autojump_clock: MockClock, form: Any, options: dict[str, Any]
+) -> None:
+    """Nothing was run: what there is to know is in what was raised when something was."""
+    failures, refusals = errors(2), [RejectedError() for _ in range(3)]
+    policy = exactly(max_attempts=5, on=(OSError, RejectedError), **options)
+    with pytest.raises(RejectedError) as caught:
+        await form(policy, Script([*failures, *refusals]))
+    assert caught.value is refusals[-1]
+    assert caught.value.__cause__ is failures[-1]
+    assert [refusal.__cause__ for refusal in refusals[:-1]] == [None, None]
+    assert len(reachable(caught.value)) == 2
+
+
+async def test_the_cause_of_a_refusal_shows_where_it_failed(autojump_clock: MockClock) -> None:
+    with pytest.raises(CircuitOpenError) as caught:
+        await exactly(on=OSError).call(CircuitBreaker(failure_threshold=1).call, Script(errors(1)))
+    assert isinstance(caught.value.__cause__, OSError)
+    shown = [entry.name for entry in traceback.extract_tb(caught.value.__cause__.__traceback__)]
+    assert shown == ["__call__"]
+
+
+@forms
+async def test_other_refusals_have_no_such_cause(autojump_clock: MockClock, form: Any) -> None:
+    """If nothing was run before, or it says itself what has led to it; nor has another error."""
+    (told, known, other), cause = (
+        [RejectedError(), RejectedError(), ValueError()],
+        OSError(),
+    )
+    known.__cause__ = cause
+    for steps, expected in (
+        ([told], None),
+        ([OSError(), known], cause),
+        ([OSError(), other], None),
+    ):
+        with pytest.raises((RejectedError, ValueError)) as caught:
+            await form(exactly(on=OSError), Script(steps))
+        assert caught.value.__cause__ is expected
 
 
 @pytest.mark.parametrize("error", [StopIteration("a"), StopAsyncIteration("b")], ids=repr)

@@ -13,7 +13,7 @@ import trio
 
 from tests.test_retry import Script, errors, exactly, is_busy
 from tests.test_retry_endings import forms, timed
-from trio_resilience import Constant, Retry
+from trio_resilience import Constant, RejectedError, Retry, transient
 from trio_resilience._checks import NotAnOperationError
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ ENDINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "predicate raises": ([OSError, ValueError], {"on": raises_on_value_error}),
     "backoff is wrong": ([OSError, OSError], {"backoff": bad_second_delay}),
     "retry_result raises": ([OSError, "busy"], {"retry_result": raises_on_ok}),
+    "refused at last": ([OSError, RejectedError], {"on": transient}),
     "backoff ends": ([OSError] * 3, {"backoff": one_delay}),
 }  # fmt: skip
 

@@ -47,7 +47,11 @@ from trio_resilience._engine._traceback import (
     below_our_frames,
     drop_tracebacks,
 )
-from trio_resilience._errors import OperationTimeoutError, RetriesExhaustedError
+from trio_resilience._errors import (
+    OperationTimeoutError,
+    RejectedError,
+    RetriesExhaustedError,
+)
 from trio_resilience._events import (
     AttemptFinished,
     AttemptStarted,
@@ -157,7 +161,8 @@ class Retry(Policy[Never]):
     """Call an operation again when it fails for a passing reason; give up with its last error.
 
     What comes out is the operation's own error, as the same object, with a note that says what was
-    tried. A cancellation, Ctrl-C and everything else that is no `Exception` pass through at once.
+    tried; a refusal, such as that of a circuit which the attempts have opened, has the last failure
+    as its cause. A cancellation, Ctrl-C and all else that is no `Exception` pass through at once.
     It never sleeps into a deadline: when the next attempt would begin at or after the effective
     deadline, it gives up at once.
 
@@ -354,6 +359,8 @@ class _Call:
     """What the attempt before raised, without its traceback."""
     _traceback: TracebackType | None = attrs.field(default=None, init=False)
     """The frames of the operation in it; those above them are still running, and hold us."""
+    _ran: tuple[Exception, TracebackType | None] | None = attrs.field(default=None, init=False)
+    """The same of the last attempt that ran: of a refusal, nothing was run."""
     _handled: Container[int] = attrs.field(default=(), init=False)
     """What the caller was handling when the attempt began."""
     _limit: Limit = attrs.field(init=False)
@@ -420,7 +427,7 @@ class _Call:
         drop_tracebacks(self._error, being_handled())
 
     def _end(self) -> None:
-        self.is_over, self._error, self._traceback = True, None, None
+        self.is_over, self._error, self._traceback, self._ran = True, None, None, None
         self.return_token()
 
     def return_token(self) -> None:
@@ -474,6 +481,7 @@ class _Call:
                 else self._schedule(verdict, retry_after_of(error, time.time))
             )
         if reason:
+            self._explain(error)
             self._give_up(reason, error)
             add_note_once(error, f"{self.retry.name}: ", reason)
             return False
@@ -481,7 +489,15 @@ class _Call:
         self._error = error
         if self.operation is not _BLOCK:
             self._traceback = below_our_frames(error.__traceback__)
+        if not isinstance(error, RejectedError):
+            self._ran = error, self._traceback
         return True
+
+    def _explain(self, error: Exception) -> None:
+        """Let a refusal tell what has failed when there was none."""
+        if self._ran is not None and isinstance(error, RejectedError) and error.__cause__ is None:
+            failure, traceback = self._ran
+            error.__cause__ = failure.with_traceback(traceback)
 
     def _returned(self) -> None:
         self._finished(None)
