@@ -207,6 +207,13 @@ def test_a_timeout_outside_but_not_inside_a_breaker() -> None:
     assert reasons(timeout, retry, breaker, Timeout(0.5)) == []
 
 
+@pytest.mark.parametrize("inside", [Keyed(lambda _: Timeout(1), key=str), Probe()], ids=repr)
+def test_what_nobody_knows_may_well_be_a_limit(inside: Policy[Any]) -> None:
+    """There is no telling what a `Keyed` keeps, nor what a user's own policy does."""
+    assert reasons(Timeout(30), Retry(), CircuitBreaker(), inside) == []
+    assert len(reasons(Timeout(30), inside, Retry(), CircuitBreaker())) == 2
+
+
 @pytest.mark.parametrize("seconds", [5, 6])
 def test_an_inner_limit_that_is_not_the_shorter_one(seconds: float) -> None:
     """At the same instant, it is the outer one that counts."""

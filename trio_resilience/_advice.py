@@ -155,6 +155,19 @@ def _doubled(layers: Layers) -> Iterator[Advice]:
             )
 
 
+# Of another policy, such as a `Keyed`, nobody knows what it does: it may well limit the time.
+_KNOWN = (
+    Bulkhead,
+    CircuitBreaker,
+    CombinedRateLimiter,
+    Fallback,
+    Hedge,
+    RateLimiter,
+    Retry,
+    Semaphore,
+    Timeout,
+)
+
 _RULES = (
     _repeated,
     _hanging,
@@ -185,7 +198,8 @@ def _without_limit_inside(layers: Layers) -> Iterator[tuple[AnyPolicy, list[AnyP
     """Yield each layer with those that limit its time from outside, if none does from inside."""
     for index, layer in enumerate(layers):
         around = [each for each in layers[: index + 1] if _limits([each])]
-        if around and not _limits(layers[index + 1 :]):
+        inside = layers[index + 1 :]
+        if around and not _limits(inside) and all(isinstance(each, _KNOWN) for each in inside):
             yield layer, around
 
 
