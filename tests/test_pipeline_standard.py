@@ -13,15 +13,19 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.operations import Gauge, Stopwatch, fails, returns
 from trio_resilience import (
+    AttemptFinished,
+    AttemptStarted,
     Bulkhead,
     BulkheadFullError,
     CircuitOpenError,
     Constant,
+    Event,
     Keyed,
     OperationTimeoutError,
     Retry,
     Semaphore,
     Timeout,
+    subscribe,
 )
 from trio_resilience._circuit_breaker import CircuitBreaker
 from trio_resilience._events import CircuitState
@@ -180,6 +184,22 @@ async def test_all_of_a_call_is_bounded(autojump_clock: MockClock) -> None:
     _, retry, breaker, _, attempt = [layer.statistics() for layer in layers_of(pipeline)]
     assert (retry.attempts, retry.given_up) == (3, 0)
     assert breaker.failures == attempt.timed_out == 2
+
+
+async def test_a_cancellation_at_the_instant_of_all_limits_wins(autojump_clock: MockClock) -> None:
+    """The caller's own; it is counted by no layer, told to nobody, and leaves nothing taken."""
+    pipeline, heard = Pipeline.standard(timeout=10, attempt_timeout=10), list[Event]()
+    with trio.move_on_after(10) as scope, subscribe(heard.append):
+        await pipeline.call(trio.sleep_forever)
+    assert scope.cancelled_caught
+    total, retry, breaker, bulkhead, attempt = [layer.statistics() for layer in layers_of(pipeline)]
+    assert total.timed_out == attempt.timed_out == 0
+    assert (retry.attempts, retry.recovered, retry.given_up) == (1, 0, 0)
+    assert (breaker.calls, breaker.failures, breaker.in_flight) == (0, 0, 0)
+    assert (bulkhead.borrowed, bulkhead.waiting) == (0, 0)
+    finished = [event for event in heard if isinstance(event, AttemptFinished)]
+    assert [type(event) for event in heard] == [AttemptStarted, AttemptFinished]
+    assert [(event.cancelled, event.error) for event in finished] == [(True, None)]
 
 
 async def test_an_open_circuit_ends_a_retry(autojump_clock: MockClock) -> None:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, assert_type
+from typing import TYPE_CHECKING, Any, Never, assert_type
 
 import trio
 from outcome import Error, Value
 
 from trio_resilience import (
+    Advice,
     Bulkhead,
+    CircuitBreaker,
+    CircuitOpenError,
+    CircuitState,
     CombinedRateLimiter,
     Exponential,
+    FailureRecord,
+    Fallback,
+    Hedge,
     Keyed,
     OperationsFailedError,
+    Pipeline,
+    Policy,
+    Quantile,
     RateLimiter,
     RejectedError,
     Retry,
+    RetryBudget,
     RetryResult,
     Semaphore,
     Timeout,
@@ -224,7 +235,128 @@ async def batches_are_typed(nursery: trio.Nursery) -> None:
             assert_type(batch, list[str])
 
 
+breaker = CircuitBreaker("dependency", failure_rate=0.5, recovery_timeout=Exponential(1))
+
+
+@breaker
+async def guarded(url: str, *, size: int = 10) -> bytes:
+    """Keep its signature."""
+    return await fetch(url, size=size)
+
+
+async def breakers_keep_the_results_type(nursery: trio.Nursery) -> None:
+    """As calls, as a block, as a decorator; and what they tell is typed."""
+    assert_type(await breaker.call(fetch, "url", name="fetch"), bytes)
+    assert_type(await guarded("url", size=3), bytes)
+    await breaker.call(fetch, 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await guarded(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(breaker.state, CircuitState)
+    assert_type(breaker.retry_after, float | None)
+    assert_type(breaker.last_failure, FailureRecord | None)
+    await nursery.start(breaker.keep_probing, tick)
+    try:
+        async with breaker.guard():
+            await tick()
+        with breaker.isolate() as isolation:
+            isolation.release()
+    except CircuitOpenError as error:
+        assert_type(error.last_failure, FailureRecord | None)
+
+
+budget = RetryBudget(0.2, max_tokens=5)
+hedge = Hedge(after=Quantile(0.95, initial=0.5), budget=budget, on_discard=bytes.lower)
+
+
+@hedge
+async def hedged(url: str) -> bytes:
+    """Keep its signature."""
+    return await fetch(url)
+
+
+async def hedges_keep_the_results_type() -> None:
+    """Which shares its budget with retries."""
+    assert_type(await hedge.call(fetch, "url"), bytes)
+    assert_type(await hedged("url"), bytes)
+    assert_type(await Retry(budget=budget).call(hedge.call, tick), int)
+    assert_type(hedge.statistics().after, float)
+    assert_type(budget.statistics().tokens, float)
+    await hedged(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Hedge(after="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Hedge(0.1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Retry(budget=3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def from_cache(error: Exception) -> str:
+    """Stand for what is asked when an operation has failed."""
+    await trio.lowlevel.checkpoint()
+    return str(error)
+
+
+zero, text, cached = Fallback(value=0), Fallback(value="none"), Fallback(from_cache, on=OSError)
+
+
+@text
+async def described(url: str) -> bytes:
+    """Return this or that."""
+    return await fetch(url)
+
+
+async def fallbacks_add_their_type() -> None:
+    """A result is the operation's or the fallback's."""
+    assert_type(zero, Fallback[int])
+    assert_type(cached, Fallback[str])
+    assert_type(await zero.call(tick), int)
+    assert_type(await zero.call(fetch, "url"), bytes | int)
+    assert_type(await cached.call(fetch, "url"), bytes | str)
+    assert_type(await described("url"), bytes | str)
+    await described(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Fallback(host)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Fallback(from_cache, value=0)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+
+
+standard = Pipeline.standard(retry=Retry(max_attempts=5), breaker=None, bulkhead=keyed)
+
+
+@standard
+async def piped(url: str, *, size: int = 10) -> bytes:
+    """Keep its signature."""
+    return await fetch(url, size=size)
+
+
+def pipelines_know_what_their_layers_may_give() -> None:
+    """Mostly nothing; what fallbacks give, wherever they are."""
+    assert_type(standard, Pipeline[Never])
+    assert_type(Pipeline(retry), Pipeline[Never])
+    assert_type(Pipeline(retry, breaker, hedge, timeout, retry, timeout, retry), Pipeline[Never])
+    assert_type(Pipeline(retry, zero), Pipeline[int])
+    assert_type(Pipeline(retry, zero, timeout), Pipeline[int])
+    assert_type(Pipeline(retry, zero, text, timeout), Pipeline[int | str])
+    assert_type(Pipeline(retry, zero, retry, timeout, cached), Pipeline[int | str])
+    assert_type(Pipeline(retry, zero, retry, timeout, timeout, timeout), Pipeline[int])
+    assert_type(Pipeline(cached, standard, name="pages"), Pipeline[str])
+    assert_type(Pipeline(Pipeline(zero, retry), timeout), Pipeline[int])
+    _wider: Policy[object] = Pipeline(zero, retry)
+    assert_type(standard.advice(), list[Advice])
+    assert_type(standard.layers, tuple[Policy[Never], ...])
+    Pipeline(1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    Pipeline(Retry)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    Pipeline.standard(retry=zero)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def pipelines_keep_the_results_type(nursery: trio.Nursery) -> None:
+    """As calls, as a decorator, and as the policy of many."""
+    assert_type(await standard.call(fetch, "url"), bytes)
+    assert_type(await Pipeline(retry, text).call(fetch, "url"), bytes | str)
+    assert_type(await piped("url", size=3), bytes)
+    assert_type(await run_with_limit(nursery, [tick], policy=standard), list[int])
+    assert_type(await run_in(nursery, fetch, "url", policy=Pipeline(retry, timeout)), bytes)
+    await standard.call(fetch, 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await piped("url", length=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
 def wrong_options_are_refused() -> None:
     """What is checked at the door is checked before that by type checkers."""
     Retry(on_error="collect")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    CircuitBreaker(failure_threshold="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    RetryBudget(0.1, 10)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     Timeout("3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
