@@ -268,6 +268,23 @@ async def test_it_counts_as_a_plain_list_of_calls_does(
     assert breaker.state is CLOSED
 
 
+@pytest.mark.parametrize("looks", [True, False])
+async def test_a_window_that_has_run_out_keeps_no_circuit_open(
+    autojump_clock: MockClock, looks: bool
+) -> None:
+    """When nothing is left in it that was wrong, a probe closes all the same; who looks or not."""
+    breaker = CircuitBreaker(
+        failure_rate=0.5, window_seconds=1, min_calls=1, recovery_timeout=10, success_threshold=2
+    )
+    await fail(breaker)
+    await trio.sleep(10)
+    for state in (HALF_OPEN, CLOSED):
+        if looks:
+            assert breaker.statistics().failure_rate is None
+        await succeed(breaker)
+        assert breaker.state is state
+
+
 @pytest.mark.parametrize("window", [{"window_calls": 5}, {"window_seconds": 1000}])
 async def test_what_closes_has_an_empty_window(
     autojump_clock: MockClock, window: dict[str, Any]

@@ -226,7 +226,12 @@ class Breaker:
         window = self.window
         if slow:
             self.counts.slow_calls += 1
-        elif window is not None and not (window.failures or window.slow_calls):
+        elif (
+            window is not None
+            and not (window.failures or window.slow_calls)
+            # A probe decides, even if all that was wrong has left the window.
+            and self.state is CLOSED
+        ):
             # Nothing is wrong, and most of the time nothing is.
             window.add(now, 0)
             return
