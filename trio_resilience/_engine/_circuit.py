@@ -134,9 +134,11 @@ class Circuit:
             return None
         if not _has_delays():
             return 0.0
-        if not trio.lowlevel.in_trio_run():
-            return self.rule.recovery  # the time starts again with the next run
-        return self.runs.get().rule.time_to_probe(trio.current_time())
+        run = self.runs.peek()  # which may be asked from another thread
+        if run is None and trio.lowlevel.in_trio_run():
+            run = self.runs.get()
+        # Between two runs, the time is to start again with the next.
+        return self.rule.recovery if run is None else self.rule.time_to_probe(run.now())
 
     @property
     def is_busy(self) -> bool:
