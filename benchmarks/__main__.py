@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from benchmarks import (
     bench_batching,
+    bench_circuit_breaker,
     bench_concurrency,
     bench_import,
     bench_keys,
@@ -31,6 +32,7 @@ SUITE: dict[str, tuple[Benchmark, ...]] = {
     "permits": bench_permits.BENCHMARKS,
     "rate": bench_rate.BENCHMARKS,
     "batching": bench_batching.BENCHMARKS,
+    "circuit": bench_circuit_breaker.BENCHMARKS,
     "retry": bench_retry.BENCHMARKS,
     "stream": bench_stream.BENCHMARKS,
     "import": bench_import.BENCHMARKS,

@@ -17,8 +17,8 @@ NAME_WIDTH = 66
 def environment() -> dict[str, str]:
     """Return what the numbers depend on, beside the machine."""
     packages = (
-        "trio", "aiometer", "aiolimiter", "hyx", "pyrate-limiter", "stamina", "tenacity",
-        "throttled-py",
+        "trio", "aiobreaker", "aiolimiter", "aiometer", "hyx", "interlock-cb", "purgatory",
+        "pybreaker", "pyrate-limiter", "stamina", "tenacity", "throttled-py",
     )  # fmt: skip
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in packages:
