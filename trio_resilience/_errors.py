@@ -62,8 +62,10 @@ class RejectedError(ResilienceError):
 
     retry_after: float | None
 
+    # Each refusal sets all of its attributes itself: what a program does when it is overloaded has
+    # to cost little, and a chain of constructors costs as much again.
     def __init__(self, retry_after: float | None = None) -> None:
-        super().__init__(retry_after)
+        self.args = (retry_after,)
         self.retry_after = retry_after
 
     def __str__(self) -> str:
@@ -90,8 +92,8 @@ class BulkheadFullError(RejectedError):
         retry_after: float | None = None,
         waited: float | None = None,
     ) -> None:
-        super().__init__(retry_after)
         self.args = (name, capacity, requested, retry_after, waited)
+        self.retry_after = retry_after
         self.name = name
         self.capacity = capacity
         self.requested = requested
@@ -129,8 +131,8 @@ class CircuitOpenError(RejectedError):
         retry_after: float | None = None,
         last_failure: FailureRecord | None = None,
     ) -> None:
-        super().__init__(retry_after)
         self.args = (name, retry_after, last_failure)
+        self.retry_after = retry_after
         self.name = name
         self.last_failure = last_failure
 
