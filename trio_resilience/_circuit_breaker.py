@@ -12,7 +12,7 @@ from typing import Any, Never, TypeVar, TypeVarTuple, final
 
 import attrs
 import trio
-from trio.lowlevel import enable_ki_protection
+from trio.lowlevel import current_trio_token, enable_ki_protection
 
 from trio_resilience._algorithms._backoff import Backoff, Constant
 from trio_resilience._algorithms._breaker import CLOSED, ISOLATED, Limits
@@ -360,7 +360,8 @@ class CircuitBreaker(LivePolicy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, or refuse the call; a checkpoint if that is one."""
-        run = self._here().runs.get() if open_overrides else self._circuit.runs.get()
+        runs = self._here().runs if open_overrides else self._circuit.runs
+        run = runs.state if runs.token is current_trio_token() else runs.get()
         rule = run.rule
         # What is written `async def` needs no check.
         is_coroutine_function = type(fn) is FunctionType and fn.__code__.co_flags & CO_COROUTINE
@@ -376,7 +377,7 @@ class CircuitBreaker(LivePolicy[Never]):
             if self.cancel_in_flight and self.enforce:
                 result = await run_abandonable(run, self.name, fn, args)
             elif is_coroutine_function:
-                result = await run_coroutine(fn, *args)
+                result = await run_coroutine(fn, args)
             else:
                 result = await run_unprotected(fn, *args)
         except Exception as error:

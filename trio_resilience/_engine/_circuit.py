@@ -354,7 +354,7 @@ def name_of(fn: object) -> str:
 
 
 @disable_ki_protection
-async def run_coroutine(fn: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
+async def run_coroutine(fn: Callable[[*Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
     """Do what `run_unprotected` does, with what is known to be written `async def`."""
     return await fn(*args)
 

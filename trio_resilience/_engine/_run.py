@@ -22,29 +22,33 @@ class RunState(Generic[S]):
     """
 
     make: Callable[[], S]
-    _token: TrioToken | None = attrs.field(default=None, init=False)
-    _state: S | None = attrs.field(default=None, init=False)
+    token: TrioToken | None = attrs.field(default=None, init=False)
+    """Of the run that has used it last; a hot path compares it, and spares itself `get`."""
+    state: S = attrs.field(init=False)
+    """Of that run; unset before the first."""
 
     def get(self) -> S:
         """Return the state of this run; refuse to serve two live runs at once."""
         token = trio.lowlevel.current_trio_token()
-        if token is not self._token or self._state is None:
-            if self._token is not None and _is_live(self._token):
+        if token is not self.token:
+            if self.token is not None and _is_live(self.token):
                 raise RuntimeError(
                     "a policy can't be used in two runs of trio at once, in two threads:"
                     " give each of them its own"
                 )
-            self._token, self._state = token, self.make()
-        return self._state
+            # Made first: should that fail, the next one in this run makes it.
+            self.state = self.make()
+            self.token = token
+        return self.state
 
     def peek(self) -> S | None:
         """Return the state of the run that is live, if any has used it; for statistics."""
-        is_live = self._token is not None and (self._is_here() or _is_live(self._token))
-        return self._state if is_live else None
+        is_live = self.token is not None and (self._is_here() or _is_live(self.token))
+        return self.state if is_live else None
 
     def here(self) -> S | None:
         """Return the state of the run in which this is asked, if that has one."""
-        return self._state if self._is_here() else None
+        return self.state if self._is_here() else None
 
     def anew(self) -> RunState[S]:
         """Return one that is made in the same way and has no state yet."""
@@ -52,7 +56,7 @@ class RunState(Generic[S]):
 
     def _is_here(self) -> bool:
         is_in_a_run = trio.lowlevel.in_trio_run()
-        return is_in_a_run and trio.lowlevel.current_trio_token() is self._token
+        return is_in_a_run and trio.lowlevel.current_trio_token() is self.token
 
 
 def _is_live(token: TrioToken) -> bool:
