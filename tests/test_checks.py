@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from tests.operations import returns
-from trio_resilience import CircuitOpenError, Retry
+from trio_resilience import CircuitOpenError, Hedge, Retry
 from trio_resilience import _checks as checks
 from trio_resilience._checks import NotAnOperationError
 
@@ -312,6 +312,7 @@ def test_functions_are_shown_by_their_names() -> None:
     assert checks.shown((OSError, (len, 3), "a")) == "(OSError, (len, 3), 'a')"
     assert checks.shown((functools.partial(int, base=2),)) == "(int,)"
     assert checks.shown(None) == "None"
+    assert repr(Hedge(after=1, on_discard=print)).count("=transient, on_discard=print,") == 1
     retry = repr(Retry(retry_result=bool, on_retry=print))
     assert "on=transient," in retry
     assert "retry_result=bool," in retry

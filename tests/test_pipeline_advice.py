@@ -43,6 +43,7 @@ def reasons(*layers: Policy[Any]) -> list[str]:
     for each in found:
         places = [layers.index(layer) for layer in each.layers]
         assert places == sorted(places)
+        assert str(each) == each.reason
     return [each.reason for each in found]
 
 

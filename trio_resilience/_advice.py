@@ -31,6 +31,9 @@ class Advice(Record):
     """Those that it is about, the outermost first."""
     reason: str
 
+    def __str__(self) -> str:
+        return self.reason
+
 
 def advice_on(layers: Layers) -> list[Advice]:
     """Return what is odd about the order of *layers*, the outermost first."""

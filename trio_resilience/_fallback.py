@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, TypeVarTuple, ca
 import attrs
 import trio
 
-from trio_resilience._checks import NotAnOperationError, label, operation
+from trio_resilience._checks import NotAnOperationError, label, operation, shown
 from trio_resilience._classify import Classifier, ErrorMatch
 from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._policy import Policy, open_overrides, overrides
@@ -204,4 +204,4 @@ class Fallback(Policy[F], Generic[F]):
 
     def __repr__(self) -> str:
         given = f"value={self._value!r}" if self._fn is None else label(self._fn)
-        return f"Fallback({given}, on={self.on!r}, name={self.name!r})"
+        return f"Fallback({given}, on={shown(self.on)}, name={self.name!r})"

@@ -18,6 +18,7 @@ from trio_resilience._checks import (
     label,
     operation,
     seconds,
+    shown,
     sync_callback,
 )
 from trio_resilience._classify import Classifier, ErrorMatch, transient
@@ -140,8 +141,10 @@ class Hedge(Policy[Never]):
     after: float | Quantile = attrs.field(converter=_after)
     max_hedges: int = attrs.field(default=1, converter=_max_hedges)
     budget: RetryBudget | None = attrs.field(default=None, validator=optional_budget)
-    on: ErrorMatch = transient
-    on_discard: Callable[[Any], object] | None = attrs.field(default=None, validator=_callback)
+    on: ErrorMatch = attrs.field(default=transient, repr=shown)
+    on_discard: Callable[[Any], object] | None = attrs.field(
+        default=None, validator=_callback, repr=shown
+    )
     name: str = "hedge"
 
     _classifier: Classifier = attrs.field(
