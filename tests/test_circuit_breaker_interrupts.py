@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from tests._circuits import CLOSED, ISOLATED, Form, begin, call, decorated, guard
-from tests.operations import leaves
+from tests.operations import leaves, returns
 from tests.test_concurrency_interrupts import Tripwire
 from trio_resilience import CallAbandonedError, CircuitOpenError, Event, subscribe
 from trio_resilience._circuit_breaker import CircuitBreaker
@@ -211,3 +211,48 @@ def test_ctrl_c_at_any_line(job: Any, form: Form, options: dict[str, Any], liste
             found.append(f"what came out is {error!r}, caused by {error and error.__cause__!r}")
         problems += [f"{wire.where}: {problem}" for problem in found]
     assert not problems, "\n".join(sorted(set(problems)))
+
+
+# --- listeners ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("holds", [0, 1])
+async def test_a_listener_that_stops_the_program_leaves_no_hold(
+    stop: type[BaseException], holds: int
+) -> None:
+    """Of whoever wanted to isolate it and got no handle; the holds of others stay."""
+    breaker = CircuitBreaker()
+    handles = [breaker.isolate() for _ in range(holds)]
+
+    def listener(event: Event) -> None:
+        raise stop
+
+    def isolate() -> None:
+        with subscribe(listener), breaker.isolate():
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError if holds else stop):
+        isolate()
+    assert breaker.state is (ISOLATED if holds else CLOSED)
+    for handle in handles:
+        handle.release()
+    await breaker.call(returns, 1)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+async def test_a_listener_that_stops_the_program_holds_up_no_release(
+    stop: type[BaseException],
+) -> None:
+    """Nor a reset: they are done when it hears of them."""
+    breaker = CircuitBreaker()
+
+    def listener(event: Event) -> None:
+        raise stop
+
+    for by_handle in (True, False):
+        handle = breaker.isolate()
+        with subscribe(listener), pytest.raises(stop):
+            (handle.release if by_handle else breaker.reset)()
+        assert breaker.state is CLOSED
+        await breaker.call(returns, 1)

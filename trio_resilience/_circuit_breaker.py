@@ -418,7 +418,11 @@ class CircuitBreaker(LivePolicy[Never]):
         live, holder = self._here(), object()
         run = live.by_hand()
         live.rule.isolate(holder)
-        self._judge.announce_by_hand(live, run, "isolate")
+        try:
+            self._judge.announce_by_hand(live, run, "isolate")
+        except BaseException:  # a listener has raised what stops the program: nobody gets a handle
+            live.rule.release(holder)
+            raise
         return CircuitIsolation(live, self._judge, holder)
 
     @enable_ki_protection
