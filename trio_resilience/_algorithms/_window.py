@@ -89,6 +89,8 @@ class TimeWindow:
     _ring: list[list[int]] = attrs.field(
         factory=lambda: [[0, 0, 0] for _ in range(BUCKETS)], init=False
     )
+    _bucket: list[int] = attrs.field(init=False)
+    """The newest: its calls, its failures and its slow calls."""
 
     def __attrs_post_init__(self) -> None:
         # A sum of floats may fall short of the end of a bucket that it stands for.
@@ -98,7 +100,7 @@ class TimeWindow:
         """Count a call that has ended."""
         if now >= self._ends:
             self.forget_before(now)
-        bucket = self._ring[self._newest % BUCKETS]
+        bucket = self._bucket
         bucket[0] += 1
         self.calls += 1
         if mark:
@@ -114,6 +116,7 @@ class TimeWindow:
         for number in range(max(self._newest, newest - BUCKETS) + 1, newest + 1):
             self._empty(self._ring[number % BUCKETS])
         self._newest = max(self._newest, newest)
+        self._bucket = self._ring[self._newest % BUCKETS]
         self._ends = self.start + (self._newest + 1) * self.seconds / BUCKETS
 
     def _empty(self, bucket: list[int]) -> None:
