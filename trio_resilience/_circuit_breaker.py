@@ -356,7 +356,7 @@ class CircuitBreaker(LivePolicy[Never]):
         return live.state is not ISOLATED and not live.retry_after and not live.is_busy
 
     @enable_ki_protection
-    async def call(  # noqa: C901 - the hot path: no call of ours that can be spared
+    async def call(  # noqa: C901, PLR0912 - the hot path: no call of ours that can be spared
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, or refuse the call; a checkpoint if that is one."""
@@ -366,10 +366,11 @@ class CircuitBreaker(LivePolicy[Never]):
         # What is written `async def` needs no check.
         is_coroutine_function = type(fn) is FunctionType and fn.__code__.co_flags & CO_COROUTINE
         if rule.state is CLOSED:
-            ticket = rule.generation
+            ticket, is_plain = rule.generation, self._is_plain
         else:
             if not is_coroutine_function:
                 operation("fn", fn)
+            is_plain = False
             ticket = await self._judge.admit(run, fn if name is None else name)
         began = run.now() if self._is_timed else 0.0
         run.in_flight += 1
@@ -387,15 +388,19 @@ class CircuitBreaker(LivePolicy[Never]):
         except BaseException:
             run.leave(ticket)
             raise
-        if self._is_plain and rule.state is CLOSED and not rule.consecutive:
+        if is_plain and ticket == rule.generation and not rule.consecutive:
             # The usual case, in which a success changes little.
             run.in_flight -= 1
-            if self._has_rate:
+            window = rule.window
+            if not self._has_rate:
+                rule.counts.calls += 1
+            elif window is not None and not (window.failures or window.slow_calls):
+                rule.counts.calls += 1
+                window.add(run.now(), 0)
+            else:
                 rule.succeeded(ticket, run.now(), self._judge.pace)
                 if rule.changes:
                     self._judge.announce(run, name_of(fn if name is None else name))
-            elif ticket == rule.generation:
-                rule.counts.calls += 1
             return result
         run.leave(ticket)
         self._judge.returned(run, ticket, result, began, fn if name is None else name)
