@@ -339,6 +339,20 @@ async def test_the_delay_may_be_learnt(autojump_clock: MockClock) -> None:
     assert legs.began_at[1] - legs.began_at[0] == pytest.approx(1.018, rel=0.02)
 
 
+@pytest.mark.parametrize("seconds", [0.001, 0.1, 1, 1.01, 2.5])
+async def test_calls_that_all_take_as_long_are_not_hedged(
+    autojump_clock: MockClock, seconds: float
+) -> None:
+    """None of them is slow: the quantile that is learnt is not less than what there was."""
+    hedge = Hedge(after=Quantile(0.5, min_samples=10))
+    heard = list[Event]()
+    with subscribe(heard.append):
+        for _ in range(100):
+            await hedge.call(trio.sleep, seconds)
+    assert hedge.statistics().hedges == 0
+    assert heard == []
+
+
 async def test_the_learnt_delay_finds_its_way(autojump_clock: MockClock) -> None:
     """Also if it is far too small at first, and what is slow is cancelled: one in ten is hedged."""
     rng = Random(11)

@@ -28,13 +28,12 @@ import attrs
 
 from trio_resilience._checks import integer, number, seconds
 
-_ACCURACY = 0.01
-_GROWTH = (1 + _ACCURACY) / (1 - _ACCURACY)
-_LOG_GROWTH = math.log(_GROWTH)
+_LOG_GROWTH = math.log(1.0099)
+"""Each bucket reaches almost one per cent further than the one before, to no round number."""
 
 _SHORTEST = 1e-6
 _LONGEST = 1e7
-"""Seconds; what lies beyond counts as these, which bounds the number of buckets to some 1,500."""
+"""Seconds; what lies beyond counts as these, which bounds the number of buckets to some 3,000."""
 
 _MEMORY = 1000
 """Of so many observations, at least, the weight of the oldest is more than a third of the last."""
@@ -154,9 +153,10 @@ class LatencyEstimator:
 
 
 def _bucket_of(seconds: float) -> int:
-    return math.ceil(math.log(min(max(seconds, _SHORTEST), _LONGEST)) / _LOG_GROWTH)
+    return math.floor(math.log(min(max(seconds, _SHORTEST), _LONGEST)) / _LOG_GROWTH) + 1
 
 
 def _latency_of(bucket: int) -> float:
-    """Return what is within one per cent of all latencies of a bucket."""
-    return 2 * math.exp(bucket * _LOG_GROWTH) / (_GROWTH + 1)
+    """Return what all latencies of a bucket stay below, each by one per cent at the most."""
+    # Not the middle: where latencies hardly vary, almost all would be beyond their own quantile.
+    return math.exp(bucket * _LOG_GROWTH)
