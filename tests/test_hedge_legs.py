@@ -358,7 +358,7 @@ def test_ctrl_c_at_any_line() -> None:
     whole = Tripwire(at=-1)
     assert whole.trace(scenario(problems)) is None
     assert whole.lines > 50
-    for line in range(1, whole.lines + 1):
+    for line in whole.numbers():
         found, wire = list[str](), Tripwire(at=line)
         error = wire.trace(scenario(found))
         kinds = [] if error is None else [type(leaf) for leaf in leaves(error)]
