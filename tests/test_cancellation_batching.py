@@ -11,6 +11,7 @@ import attrs
 import pytest
 import trio
 
+from tests._pairs import in_pairs
 from tests._scenarios import World, cancel
 from trio_resilience import OperationsCancelledError, batched, open_batcher, subscribe
 from trio_resilience.testing import Scenario, cancel_everywhere, pause
@@ -52,6 +53,7 @@ class Desk:
         assert (now.waiting, now.in_line, now.in_flight) == (0, 0, 0)
 
 
+@in_pairs
 @given_or_not
 @pytest.mark.parametrize("max_age", [0, 1, math.inf])
 @pytest.mark.parametrize("max_concurrency", [1, 2])
@@ -122,6 +124,7 @@ def test_a_submitter_beside_others(size: int) -> None:
 # --- batches of a stream ------------------------------------------------------------------------
 
 
+@in_pairs
 @given_or_not
 @pytest.mark.parametrize("max_age", [0, 1, math.inf])
 @pytest.mark.parametrize("slow", [False, True])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from tests._pairs import in_pairs
 from tests._scenarios import World, cancel
 from trio_resilience import (
     Constant,
@@ -211,6 +212,7 @@ def test_operations_that_take_too_long(given: bool, shared: bool) -> None:
     cancel(victim, given=given)
 
 
+@in_pairs
 @given_or_not
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("shared", [True, False])

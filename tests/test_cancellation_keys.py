@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from tests._pairs import in_pairs
 from tests._scenarios import World
 from tests._scenarios import cancel as cancel_in_world
 from tests.test_cancellation_shared import (
@@ -42,6 +43,7 @@ windows = pytest.mark.parametrize("lookahead", [1, 1000])
 # --- keys -----------------------------------------------------------------------------------------
 
 
+@in_pairs
 @given_or_not
 @shapes
 @windows
@@ -69,6 +71,7 @@ def _in_keyed_world(
     return call
 
 
+@in_pairs
 @given_or_not
 @shapes
 @pytest.mark.parametrize("bound", ["limiter", "semaphore"])
@@ -98,6 +101,7 @@ def test_two_calls_with_keys(given: bool, bound: str) -> None:
     cancel(victim, given=given)
 
 
+@in_pairs
 @given_or_not
 @bounds
 @pytest.mark.parametrize("on_error", ["cancel", "continue"])
@@ -149,6 +153,7 @@ def test_a_key_function_that_raises(given: bool, shape: str) -> None:
     cancel(victim, OSError, given=given)
 
 
+@in_pairs
 @given_or_not
 @pytest.mark.parametrize("shape", ["list", "async generator"])
 @bounds
@@ -188,6 +193,7 @@ def test_a_retry_of_items_with_keys(given: bool) -> None:
 # --- streams with keys ----------------------------------------------------------------------------
 
 
+@in_pairs
 @given_or_not
 @options
 @bounds
@@ -205,6 +211,7 @@ def test_a_stream_with_keys(given: bool, stream_options: Any, bound: str) -> Non
     cancel(victim, given=given)
 
 
+@in_pairs
 @given_or_not
 @options
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import attrs
 import pytest
 import trio
 
+from tests._pairs import in_pairs
 from tests._scenarios import PERMITS, World
 from trio_resilience import (
     OperationsCancelledError,
@@ -208,6 +209,7 @@ def test_a_semaphore_that_is_resized_meanwhile(given: bool) -> None:
     cancel(victim, given=given)
 
 
+@in_pairs
 @given_or_not
 @options
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -227,6 +229,7 @@ def test_a_stream_under_a_semaphore(given: bool, stream_options: Any, asynchrono
 BATCHES: dict[str, Any] = {"batch_size": 2, "delay_between_batches": 1}
 
 
+@in_pairs
 @given_or_not
 @bounds
 @pytest.mark.parametrize("on_error", ["cancel", "continue"])
@@ -242,6 +245,7 @@ def test_batches_that_fail(given: bool, bound: str, on_error: Any) -> None:
     cancel(victim, given=given)
 
 
+@in_pairs
 @given_or_not
 @options
 @bounds
@@ -259,6 +263,7 @@ def test_a_stream_of_batches(given: bool, stream_options: Any, bound: str) -> No
     cancel(victim, given=given)
 
 
+@in_pairs
 @given_or_not
 @pytest.mark.parametrize("shape", ["generator", "async generator"])
 @pytest.mark.parametrize("at", [0, 2, 3])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from tests._pairs import in_pairs
 from tests._scenarios import PERMITS, World, cancel
 from trio_resilience import (
     Constant,
@@ -39,6 +40,7 @@ def source(world: World, number: int, *, asynchronous: bool) -> Any:
     return make(world.ops(number))
 
 
+@in_pairs
 @given_or_not
 @options
 @asynchronous_or_not
@@ -66,6 +68,7 @@ def test_a_stream_of_items(given: bool, stream_options: Any) -> None:
     cancel(victim, given=given)
 
 
+@in_pairs
 @given_or_not
 @options
 @asynchronous_or_not
@@ -79,6 +82,7 @@ def test_a_bound_that_others_share(given: bool, stream_options: Any, asynchronou
     cancel(victim, given=given)
 
 
+@in_pairs
 @given_or_not
 @options
 @pytest.mark.parametrize("shared", [True, False])
@@ -99,6 +103,7 @@ def test_a_slow_consumer(given: bool, stream_options: Any, shared: bool) -> None
     cancel(victim, given=given)
 
 
+@in_pairs
 @given_or_not
 @options
 @asynchronous_or_not
@@ -115,6 +120,7 @@ def test_a_stream_that_is_left_early(given: bool, stream_options: Any, asynchron
     cancel(victim, given=given)
 
 
+@in_pairs
 @given_or_not
 @options
 @asynchronous_or_not
@@ -139,6 +145,7 @@ def test_a_body_that_takes_nothing(given: bool) -> None:
     cancel(victim, given=given)
 
 
+@in_pairs
 @given_or_not
 @options
 @pytest.mark.parametrize("on_error", ["cancel", "continue"])
