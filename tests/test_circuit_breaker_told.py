@@ -250,6 +250,18 @@ async def test_calls_in_flight_when_it_is_isolated_say_nothing(
     assert breaker.is_idle
 
 
+@forms
+@pytest.mark.parametrize("ending", ["ok", OSError("late")], ids=repr)
+async def test_calls_in_flight_when_it_is_reset_say_nothing(form: Form, ending: object) -> None:
+    """Also if it was closed: what led to it before is forgotten, and so is who was under way."""
+    breaker = CircuitBreaker(failure_threshold=1)
+    async with trio.open_nursery() as nursery:
+        [visit] = await begin(nursery, breaker, 1, form)
+        breaker.reset()
+        assert await visit.end(ending) is ending
+    assert (breaker.state, breaker.statistics().calls, breaker.last_failure) == (CLOSED, 0, None)
+
+
 async def test_handles_may_be_released_in_any_order() -> None:
     """And as often as one likes: the circuit is closed when the last of them is."""
     breaker, rng = CircuitBreaker(), Random(4)
