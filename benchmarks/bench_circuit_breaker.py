@@ -166,13 +166,14 @@ async def plain(count: int) -> int:
     found = 0
     for _ in repeat(None, count):
         try:
-            await _pass_on()
+            await raise_further_in()
         except ConnectionError:
             found += 1
     return found
 
 
-async def _pass_on() -> None:
+async def raise_further_in() -> None:
+    """Raise a plain exception, after a checkpoint, as far in as a breaker raises its own."""
     await _give_way_and_raise()
 
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import pytest
 import trio
+from trio.testing import assert_checkpoints
 
 from benchmarks import _runner
 from benchmarks.__main__ import SUITE, main
 from benchmarks._report import as_record, as_text
 from benchmarks._runner import ROOT, Benchmark, Bound, Case, Figures, Results
 from benchmarks._timing import MICROSECONDS, timed
+from benchmarks.bench_circuit_breaker import raise_further_in
+from benchmarks.bench_pipeline import bare, beyond_bare
 from benchmarks.bench_stream import ALLOCATED, AT_ONCE, TASKS, LiveTasks
+from trio_resilience import CircuitBreaker, CircuitOpenError, Retry, Timeout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 BENCHMARKS = [benchmark for each in SUITE.values() for benchmark in each]
@@ -102,6 +106,34 @@ def test_live_tasks_are_those_at_the_same_time() -> None:
 
     tasks = trio.run(run)
     assert (tasks.peak, tasks.now) == (3, 0)
+
+
+async def test_a_refusal_is_compared_with_what_comes_as_far() -> None:
+    """Through as many frames, and with a checkpoint on the way."""
+    breaker = CircuitBreaker()
+    with breaker.isolate(), assert_checkpoints(), pytest.raises(CircuitOpenError) as refusal:
+        await breaker.call(unreachable)
+    with assert_checkpoints(), pytest.raises(ConnectionError) as plain:
+        await raise_further_in()
+    assert len(plain.traceback) == len(refusal.traceback) == 3
+
+
+async def unreachable() -> Never:
+    raise AssertionError("a call that is refused runs nothing")
+
+
+async def test_a_policy_costs_what_it_takes_beyond_the_operation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So the operation, which each of the parts runs, is in neither side of a comparison."""
+
+    async def seconds_of(run: Callable[[int], object], size: int) -> float:
+        await trio.lowlevel.checkpoint()
+        return (0.25 if run is bare else 3.0) * size
+
+    monkeypatch.setattr("benchmarks.bench_pipeline.seconds_of", seconds_of)
+    fns = (Timeout(1).call, Retry().call, Timeout(1).call)
+    assert await beyond_bare(fns, 4) == 3 * (3.0 - 0.25) * 4
 
 
 def test_a_contender_that_does_not_do_its_work_has_no_time() -> None:
