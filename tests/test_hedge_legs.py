@@ -17,7 +17,7 @@ import trio
 from tests.operations import fails, leaves, returns
 from tests.test_concurrency_interrupts import Tripwire, ctrl_c_for_the_main_task, run
 from tests.test_hedge import Legs, notes
-from tests.test_retry_memory import attempt_to, holding
+from tests.test_retry_memory import AgainError, attempt_to, holding
 from tests.test_retry_memory import no_collector as no_collector  # noqa: PLC0414 - a fixture
 from trio_resilience import Event, subscribe
 from trio_resilience._algorithms._budget import RetryBudget
@@ -512,6 +512,26 @@ async def test_nothing_is_kept_alive(
     await trio.lowlevel.checkpoint()
     assert held
     assert [ref() for ref in held] == [None] * len(held)
+
+
+async def test_an_instance_that_all_legs_raise_is_not_kept_alive(
+    autojump_clock: MockClock, no_collector: None
+) -> None:
+    """It leads to the call that it came out of, which has let go of it and of its tracebacks."""
+    steps = [AgainError("same")] * 3
+    ref = weakref.ref(steps[0])
+
+    async def op() -> None:
+        raise steps.pop()
+
+    async def call() -> None:
+        with contextlib.suppress(OSError):
+            await Hedge(after=1, max_hedges=2).call(op)
+
+    await call()
+    await trio.lowlevel.checkpoint()
+    assert steps == []
+    assert ref() is None
 
 
 async def test_nothing_is_kept_alive_by_a_cancelled_call(

@@ -221,6 +221,27 @@ async def test_nothing_is_kept_alive(
     assert [ref() for ref in held] == [None] * len(held)
 
 
+class AgainError(OSError):
+    """There may be weak references to it."""
+
+
+@forms
+@timed
+async def test_an_instance_that_every_attempt_raises_is_not_kept_alive(
+    autojump_clock: MockClock, no_collector: None, form: Any, options: dict[str, Any]
+) -> None:
+    """It leads to the call that it came out of, which has let go of it."""
+    steps = [AgainError("same")] * 3
+    ref = weakref.ref(steps[0])
+
+    async def op() -> None:
+        raise steps.pop()
+
+    await attempt_to(form, exactly(**options), op)
+    assert steps == []
+    assert ref() is None
+
+
 @forms
 @timed
 async def test_nothing_is_kept_alive_by_a_cancelled_wait(

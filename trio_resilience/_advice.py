@@ -206,12 +206,8 @@ def _without_limit_inside(layers: Layers) -> Iterator[tuple[AnyPolicy, list[AnyP
             yield layer, around
 
 
-def _repeats(layer: AnyPolicy) -> TypeGuard[Retry | Hedge]:
-    return isinstance(layer, (Retry, Hedge)) and _most_calls(layer) > 1
-
-
 def _adds_calls(layer: AnyPolicy) -> TypeGuard[Retry | Hedge]:
-    return _retries_calls(layer) or (isinstance(layer, Hedge) and _repeats(layer))
+    return isinstance(layer, Hedge) or _retries_calls(layer)
 
 
 def _retries_calls(layer: AnyPolicy) -> TypeGuard[Retry]:
@@ -222,7 +218,7 @@ def _retries_calls(layer: AnyPolicy) -> TypeGuard[Retry]:
 
 
 def _backs_off(layer: AnyPolicy) -> bool:
-    return isinstance(layer, Retry) and _repeats(layer)
+    return isinstance(layer, Retry) and _most_calls(layer) > 1
 
 
 def _makes_wait(layer: AnyPolicy) -> bool:

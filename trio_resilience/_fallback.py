@@ -145,7 +145,6 @@ class Fallback(Policy[F], Generic[F]):
             raise TypeError(f"pass either an async function or `value`, got {got}")
         if has_function:
             _async_function(async_fn)
-        Classifier.of("on", on)
         this: Any = self
         this.__attrs_init__(
             on=on,
