@@ -202,6 +202,18 @@ async def test_an_error_that_no_other_leg_would_cure_starts_none(
     assert len(legs.began_at) == 2
 
 
+async def test_after_such_an_error_none_is_started_for_any_other(
+    autojump_clock: MockClock,
+) -> None:
+    """Neither for slowness, nor when a leg that runs fails in a way that one might cure."""
+    error = ValueError("wrong")
+    legs = Legs([(1.5, error), (2, OSError()), 1])
+    with pytest.raises(ValueError, match="wrong") as caught:
+        await Hedge(after=1, max_hedges=5).call(legs)
+    assert caught.value is error
+    assert legs.began_at == [0, 1]
+
+
 def at_once(_: Exception) -> float:
     return 0.0
 
