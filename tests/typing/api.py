@@ -314,6 +314,14 @@ async def fallbacks_add_their_type() -> None:
     Fallback(from_cache, value=0)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
 
 
+async def fallbacks_serve_many_operations() -> None:
+    """One of another type needs to be told what comes of it."""
+    assert_type(await run_with_limit(None, [tick], policy=zero), list[int])
+    assert_type(await run_in(None, tick, policy=Pipeline(zero, retry)), int)
+    pages: list[bytes | str] = await map_with_limit(None, fetch, ["url"], policy=text)
+    assert_type(pages, list[bytes | str])
+
+
 standard = Pipeline.standard(retry=Retry(max_attempts=5), breaker=None, bulkhead=keyed)
 
 
