@@ -111,3 +111,15 @@ def test_memory_does_not_grow_with_the_calls(window: CallWindow | TimeWindow) ->
             sizes.append(size())
     assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
     assert sizes[1] < 10_000
+
+
+@pytest.mark.parametrize("seconds", [5e-324, 1e-308, 1e-12])
+@pytest.mark.parametrize("start", [0.0, 1e9])
+def test_a_window_shorter_than_the_clock_can_show_holds_an_instant(
+    seconds: float, start: float
+) -> None:
+    """However short it is; at the next instant it is empty."""
+    window = TimeWindow(seconds, start)
+    for now in (start, start, start + 1e-3):
+        window.add(now, FAILED)
+    assert (window.calls, window.failures) == (1, 1)

@@ -95,6 +95,8 @@ class TimeWindow:
     def __attrs_post_init__(self) -> None:
         # A sum of floats may fall short of the end of a bucket that it stands for.
         self.start -= resolution(self.start)
+        # No clock shows the end of a shorter bucket, and the number of one may be too large.
+        self.seconds = max(self.seconds, BUCKETS * resolution(self.start))
 
     def add(self, now: float, mark: int) -> None:
         """Count a call that has ended."""
