@@ -13,7 +13,7 @@ from tests.operations import Stopwatch, fails, leaves, returns
 from tests.test_circuit_breaker_basics import forms, is_refused, trip
 from trio_resilience import CallAbandonedError, Event, subscribe
 from trio_resilience._circuit_breaker import CircuitBreaker
-from trio_resilience._events import CircuitState
+from trio_resilience._events import CircuitState, CircuitStateChanged
 
 if TYPE_CHECKING:
     from trio.testing import MockClock
@@ -50,6 +50,17 @@ def test_it_may_be_isolated_outside_of_a_run() -> None:
         assert trio.run(is_refused, breaker)
         handle.release()
         assert not trio.run(is_refused, breaker)
+
+
+def test_what_is_done_outside_of_a_run_is_told_to_nobody() -> None:
+    """Nor in the next run: there is no time at which it has happened."""
+    breaker, heard = CircuitBreaker(failure_threshold=1), list[Event]()
+    with subscribe(heard.append):
+        breaker.isolate().release()
+        breaker.isolate()
+        breaker.reset()
+        trio.run(trip, breaker)
+    assert [event.state for event in heard if isinstance(event, CircuitStateChanged)] == [OPEN]
 
 
 async def test_it_is_changed_only_in_its_own_run() -> None:

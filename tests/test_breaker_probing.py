@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests.operations import Stopwatch, fails, returns
+from tests.operations import Steps, Stopwatch, fails, returns
 from tests.test_circuit_breaker_basics import is_refused, trip
 from tests.test_concurrency_interrupts import run
 from trio_resilience import Constant, Event, Exponential, Rejected, subscribe
@@ -100,6 +100,43 @@ async def test_it_probes_beside_calls_that_are_probes_already(autojump_clock: Mo
         await trio.sleep(10)
         assert breaker.state is CLOSED
         nursery.cancel_scope.cancel()
+
+
+async def test_while_it_waits_for_calls_that_are_probes_it_rests(
+    autojump_clock: MockClock,
+) -> None:
+    """It looks again when something has changed, or at the recovery pace."""
+    breaker, steps = CircuitBreaker(failure_threshold=1, half_open_timeout=1e9), Steps()
+    await trip(breaker)
+    await trio.sleep(60)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(breaker.call, trio.sleep_forever)
+        await wait_all_tasks_blocked()
+        await nursery.start(breaker.keep_probing, partial(returns, 1))
+        trio.lowlevel.add_instrument(steps)
+        await trio.sleep(600)
+        trio.lowlevel.remove_instrument(steps)
+        nursery.cancel_scope.cancel()
+    assert steps.count < 100
+
+
+async def test_the_pace_of_a_prober_counts_from_the_end_of_each_probe(
+    autojump_clock: MockClock,
+) -> None:
+    """However long it has taken."""
+    breaker = CircuitBreaker(failure_threshold=1, recovery_timeout=10, success_threshold=2)
+    watch, times = Stopwatch(), list[float]()
+
+    async def probe() -> None:
+        times.append(watch.seconds)
+        await trio.sleep(3)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(breaker.keep_probing, probe)
+        await trip(breaker)
+        await trio.sleep(40)
+        nursery.cancel_scope.cancel()
+    assert times == [10, 23]
 
 
 async def test_when_probing_ends_calls_are_probes_again(autojump_clock: MockClock) -> None:

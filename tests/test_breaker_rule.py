@@ -433,6 +433,18 @@ def test_a_hung_probe_has_failed(timeout: float | None, patience: float) -> None
     assert circuit.state is CLOSED
 
 
+def test_a_probe_hangs_from_its_time_on_however_it_rounds() -> None:
+    """A tenth and two tenths of a second are later than three, in floats."""
+    circuit, _ = half_open(half_open_timeout=0.2)
+    circuit.rule.leave(circuit.rule.generation)
+    circuit.now = 0.1
+    circuit.enter()
+    circuit.now = 0.3
+    assert circuit.now < 0.1 + 0.2
+    circuit.admit()
+    assert circuit.state is OPEN
+
+
 def test_who_comes_much_later_than_a_hung_probe_is_the_next() -> None:
     """Both times are over."""
     circuit, hung = half_open()

@@ -349,6 +349,10 @@ async def test_a_block_that_gives_no_result_has_succeeded() -> None:
     async with breaker.guard():
         pass
     assert (breaker.state, breaker.statistics().calls) == (CLOSED, 1)
+    breaker = CircuitBreaker(failure_threshold=1, failure_result=bool)
+    async with breaker.guard():
+        pass
+    assert breaker.state is CLOSED
 
 
 @pytest.mark.parametrize("raised", [True, False])

@@ -297,6 +297,25 @@ def test_whoever_leaves_a_dead_run_in_the_next_says_nothing(
     run(lives)
 
 
+@forms
+def test_a_success_from_a_dead_run_is_not_counted_in_the_next(form: Form) -> None:
+    """Also if nothing else has changed since: the circuit was closed all the time."""
+    breaker = make()
+    hanging: Any = form(breaker, _never_mind, "ok")
+
+    async def dies() -> None:
+        await drive_until_it_hangs(hanging)
+
+    async def lives() -> None:
+        await succeed(breaker)
+        hanging.close()
+        now = breaker.statistics()
+        assert (now.state, now.calls, now.in_flight) == (CLOSED, 1, 0)
+
+    run(dies)
+    run(lives)
+
+
 def _close(coro: Coroutine[Any, Any, Any], ending: object) -> None:
     if isinstance(ending, BaseException):
         with pytest.raises(type(ending)):

@@ -215,6 +215,21 @@ async def test_a_listener_may_stop_the_program(form: Form) -> None:
     assert (breaker.state, breaker.statistics().in_flight) == (OPEN, 0)
 
 
+async def test_after_a_listener_that_stops_the_program_others_are_told_of_all() -> None:
+    """What it has kept from being told is told with what happens next."""
+    breaker, heard = CircuitBreaker(failure_threshold=1), list[Event]()
+
+    def stop(_: Event) -> None:
+        breaker.reset()  # so that there is something more to tell
+        raise KeyboardInterrupt
+
+    with subscribe(stop), pytest.raises(KeyboardInterrupt):
+        await breaker.call(fails, OSError())
+    with subscribe(heard.append):
+        await fail(breaker)
+    assert changes(heard) == [(OPEN, CLOSED), (CLOSED, OPEN)]
+
+
 # --- by hand --------------------------------------------------------------------------------------
 
 
