@@ -250,13 +250,11 @@ def test_a_run_that_crashes_takes_its_probes_along(form: Form, cancel_in_flight:
     assert (breaker.state, breaker.statistics().in_flight) == (CLOSED, 0)
 
 
-async def _never_mind(ending: object) -> object:
-    """Hang; then end so, whatever comes."""
-    try:
-        await hang()
-    except GeneratorExit:
-        if isinstance(ending, BaseException):
-            raise ending from None
+async def _hang(ending: object) -> object:
+    """Hang; then end so, if somebody goes on with it."""
+    await hang()
+    if isinstance(ending, BaseException):
+        raise ending
     return ending
 
 
@@ -286,13 +284,13 @@ def test_whoever_leaves_a_dead_run_in_the_next_says_nothing(
             [probe] = await begin(nursery, breaker, 1, form)
             before = breaker.statistics()
             assert (before.state, before.in_flight) == (HALF_OPEN, 1)
-            _close(hanging, ending)
+            _go_on(hanging, ending)
             assert breaker.statistics() == before
             assert await is_refused(breaker, form)
             await probe.end("ok")
         assert breaker.state is CLOSED
 
-    hanging: Any = form(breaker, _never_mind, ending)
+    hanging: Any = form(breaker, _hang, ending)
     run(dies)
     run(lives)
 
@@ -301,14 +299,14 @@ def test_whoever_leaves_a_dead_run_in_the_next_says_nothing(
 def test_a_success_from_a_dead_run_is_not_counted_in_the_next(form: Form) -> None:
     """Also if nothing else has changed since: the circuit was closed all the time."""
     breaker = make()
-    hanging: Any = form(breaker, _never_mind, "ok")
+    hanging: Any = form(breaker, _hang, "ok")
 
     async def dies() -> None:
         await drive_until_it_hangs(hanging)
 
     async def lives() -> None:
         await succeed(breaker)
-        hanging.close()
+        _go_on(hanging, "ok")
         now = breaker.statistics()
         assert (now.state, now.calls, now.in_flight) == (CLOSED, 1, 0)
 
@@ -316,12 +314,9 @@ def test_a_success_from_a_dead_run_is_not_counted_in_the_next(form: Form) -> Non
     run(lives)
 
 
-def _close(coro: Coroutine[Any, Any, Any], ending: object) -> None:
-    if isinstance(ending, BaseException):
-        with pytest.raises(type(ending)):
-            coro.close()
-    else:
-        coro.close()
+def _go_on(coro: Coroutine[Any, Any, Any], ending: object) -> None:
+    with pytest.raises(type(ending) if isinstance(ending, BaseException) else StopIteration):
+        coro.send(None)
 
 
 @forms
@@ -329,14 +324,14 @@ def _close(coro: Coroutine[Any, Any, Any], ending: object) -> None:
 def test_whoever_leaves_a_dead_run_in_none_says_nothing(form: Form, ending: BaseException) -> None:
     """As when it is collected after the program's last run."""
     breaker = make()
-    hanging: Any = form(breaker, _never_mind, ending)
+    hanging: Any = form(breaker, _hang, ending)
 
     async def dies() -> None:
         await drive_until_it_hangs(hanging)
 
     run(dies)
     before = breaker.statistics()
-    _close(hanging, ending)
+    _go_on(hanging, ending)
     assert breaker.statistics() == before
     assert (before.state, before.in_flight) == (CLOSED, 0)
 
