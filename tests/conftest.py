@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Close it again."""
     os.close(config.stash[_stderr])
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the thousands of tests, or each collection takes 0.2 s."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
