@@ -19,7 +19,7 @@ PACKAGE = "trio_resilience"
 
 # Every module, in the one order that imports follow. A folder's own name stands for its `__init__`.
 LAYERS: dict[str, list[str]] = {
-    "words": ["_checks", "_records", "_errors", "_events"],
+    "words": ["_lazy", "_checks", "_records", "_errors", "_events"],
     "rules": [
         "_algorithms",
         "_algorithms._backoff",
@@ -271,18 +271,48 @@ def _dotted_names(module: str) -> Iterator[str]:
 
 
 def test_the_package_itself_holds_no_logic() -> None:
-    """It re-exports the public names, and lists them."""
-    for node in tree_of(PACKAGE).body:
-        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        is_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-        assert is_docstring or is_all or isinstance(node, ast.ImportFrom), ast.unparse(node)
+    """It re-exports the public names, and lists them: once for type checkers, once for programs."""
+    docstring, *imports, for_checkers, homes, for_programs = tree_of(PACKAGE).body
+    assert isinstance(docstring, ast.Expr)
+    assert isinstance(for_checkers, ast.If)
+    assert all(isinstance(node, ast.ImportFrom) for node in [*imports, *for_checkers.body])
+    assert isinstance(homes, ast.Assign)
+    assert ast.unparse(for_programs) == (
+        "if not TYPE_CHECKING:\n    __getattr__, __dir__, __all__ = _offer(__name__, _HOMES)"
+    )
+    listed = {
+        f"{PACKAGE}.{home}.{name}"
+        for home, names in ast.literal_eval(homes.value).items()
+        for name in names.split()
+    }
+    assert listed == set(_targets(for_checkers))
+
+
+def _targets(block: ast.If) -> Iterator[str]:
+    for found in _imports(block, PACKAGE, None):
+        yield found.target
+
+
+def test_a_name_is_imported_when_it_is_used_first() -> None:
+    """And found from then on; what is no public name is none."""
+    program = f"""
+import sys, {PACKAGE} as package
+assert "{PACKAGE}._retry" not in sys.modules and "trio" not in sys.modules
+assert "Retry" in dir(package) and "__name__" in dir(package)
+assert package.Retry is package.Retry is sys.modules["{PACKAGE}._retry"].Retry
+assert "Retry" in vars(package) and "{PACKAGE}._hedge" not in sys.modules
+assert not hasattr(package, "retry")
+from {PACKAGE} import *
+assert all(globals()[name] is getattr(package, name) for name in package.__all__)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=ROOT, check=True)
 
 
 PRINT_NEW_MODULES = f"""
 import sys
 import attr, attrs, outcome, trio
 before = set(sys.modules)
-import {PACKAGE}
+from {PACKAGE} import *
 new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 print(*sorted(new - sys.stdlib_module_names))
 """
@@ -293,7 +323,7 @@ def test_importing_the_package_imports_nothing_but_its_dependencies() -> None:
     command = [sys.executable, "-W", "error", "-c", PRINT_NEW_MODULES]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.split() == [PACKAGE]
-    command[-1] = f"import sys, {PACKAGE}; print(*sys.modules)"
+    command[-1] = f"import sys\nfrom {PACKAGE} import *\nprint(*sys.modules)"
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = [name for name in run.stdout.split() if name.startswith(f"{PACKAGE}.")]
     assert [name for name in loaded if LAYER_OF[name] == "edges"] == []

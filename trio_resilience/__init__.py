@@ -1,167 +1,170 @@
-"""Keep a trio program working when what it calls is slow, flaky or overloaded."""
+"""Keep a trio program working when what it calls is slow, flaky or overloaded.
 
-from trio_resilience._advice import Advice
-from trio_resilience._algorithms._backoff import (
-    Constant,
-    Decorrelated,
-    Exponential,
-    Fibonacci,
-    Linear,
-)
-from trio_resilience._algorithms._budget import RetryBudget, RetryBudgetStatistics
-from trio_resilience._algorithms._quantile import Quantile
-from trio_resilience._batching import (
-    Batcher,
-    BatcherStatistics,
-    Batches,
-    batched,
-    open_batcher,
-)
-from trio_resilience._bulkhead import Bulkhead, BulkheadStatistics
-from trio_resilience._circuit_breaker import CircuitBreaker, CircuitBreakerStatistics
-from trio_resilience._classify import transient
-from trio_resilience._concurrency import (
-    Stream,
-    map_with_limit,
-    run_in,
-    run_with_limit,
-    stream_map_with_limit,
-    stream_with_limit,
-)
-from trio_resilience._engine._guard import CircuitGuard, CircuitIsolation
-from trio_resilience._engine._policy import Policy
-from trio_resilience._errors import (
-    BulkheadFullError,
-    CallAbandonedError,
-    CircuitOpenError,
-    ConfigError,
-    FailureRecord,
-    OperationsCancelledError,
-    OperationsFailedError,
-    OperationTimeoutError,
-    RateLimitExceededError,
-    RejectedError,
-    ResilienceError,
-    RetriesExhaustedError,
-)
-from trio_resilience._events import (
-    AttemptFinished,
-    AttemptStarted,
-    BatchFlushed,
-    CircuitState,
-    CircuitStateChanged,
-    Event,
-    FallbackUsed,
-    HedgeStarted,
-    LoserFailed,
-    OperationFinished,
-    OperationStarted,
-    Rejected,
-    RejectionSkipped,
-    RetryGaveUp,
-    RetryScheduled,
-    TimedOut,
-    WaitFinished,
-    WaitStarted,
-    subscribe,
-)
-from trio_resilience._fallback import Fallback, FallbackStatistics
-from trio_resilience._hedge import Hedge, HedgeStatistics
-from trio_resilience._keyed import Keyed, KeyedStatistics
-from trio_resilience._pipeline import Pipeline, PipelineStatistics
-from trio_resilience._rate_limiter import (
-    CombinedRateLimiter,
-    RateLimiter,
-    RateLimiterStatistics,
-)
-from trio_resilience._retry import (
-    Attempt,
-    Retry,
-    RetryResult,
-    RetryStatistics,
-    run_with_retry,
-)
-from trio_resilience._semaphore import Semaphore, SemaphoreStatistics
-from trio_resilience._timeout import Timeout, TimeoutStatistics
+A public name is imported from its module when it is used first, so a program pays for the parts
+that it uses. Type checkers read the imports, and the program the table below them.
+"""
 
-__all__ = [
-    "Advice",
-    "Attempt",
-    "AttemptFinished",
-    "AttemptStarted",
-    "BatchFlushed",
-    "Batcher",
-    "BatcherStatistics",
-    "Batches",
-    "Bulkhead",
-    "BulkheadFullError",
-    "BulkheadStatistics",
-    "CallAbandonedError",
-    "CircuitBreaker",
-    "CircuitBreakerStatistics",
-    "CircuitGuard",
-    "CircuitIsolation",
-    "CircuitOpenError",
-    "CircuitState",
-    "CircuitStateChanged",
-    "CombinedRateLimiter",
-    "ConfigError",
-    "Constant",
-    "Decorrelated",
-    "Event",
-    "Exponential",
-    "FailureRecord",
-    "Fallback",
-    "FallbackStatistics",
-    "FallbackUsed",
-    "Fibonacci",
-    "Hedge",
-    "HedgeStarted",
-    "HedgeStatistics",
-    "Keyed",
-    "KeyedStatistics",
-    "Linear",
-    "LoserFailed",
-    "OperationFinished",
-    "OperationStarted",
-    "OperationTimeoutError",
-    "OperationsCancelledError",
-    "OperationsFailedError",
-    "Pipeline",
-    "PipelineStatistics",
-    "Policy",
-    "Quantile",
-    "RateLimitExceededError",
-    "RateLimiter",
-    "RateLimiterStatistics",
-    "Rejected",
-    "RejectedError",
-    "RejectionSkipped",
-    "ResilienceError",
-    "RetriesExhaustedError",
-    "Retry",
-    "RetryBudget",
-    "RetryBudgetStatistics",
-    "RetryGaveUp",
-    "RetryResult",
-    "RetryScheduled",
-    "RetryStatistics",
-    "Semaphore",
-    "SemaphoreStatistics",
-    "Stream",
-    "TimedOut",
-    "Timeout",
-    "TimeoutStatistics",
-    "WaitFinished",
-    "WaitStarted",
-    "batched",
-    "map_with_limit",
-    "open_batcher",
-    "run_in",
-    "run_with_limit",
-    "run_with_retry",
-    "stream_map_with_limit",
-    "stream_with_limit",
-    "subscribe",
-    "transient",
-]
+from typing import TYPE_CHECKING
+
+from trio_resilience._lazy import offer as _offer
+
+if TYPE_CHECKING:
+    from trio_resilience._advice import (
+        Advice as Advice,
+    )
+    from trio_resilience._algorithms._backoff import (
+        Constant as Constant,
+        Decorrelated as Decorrelated,
+        Exponential as Exponential,
+        Fibonacci as Fibonacci,
+        Linear as Linear,
+    )
+    from trio_resilience._algorithms._budget import (
+        RetryBudget as RetryBudget,
+        RetryBudgetStatistics as RetryBudgetStatistics,
+    )
+    from trio_resilience._algorithms._quantile import (
+        Quantile as Quantile,
+    )
+    from trio_resilience._batching import (
+        Batcher as Batcher,
+        BatcherStatistics as BatcherStatistics,
+        Batches as Batches,
+        batched as batched,
+        open_batcher as open_batcher,
+    )
+    from trio_resilience._bulkhead import (
+        Bulkhead as Bulkhead,
+        BulkheadStatistics as BulkheadStatistics,
+    )
+    from trio_resilience._circuit_breaker import (
+        CircuitBreaker as CircuitBreaker,
+        CircuitBreakerStatistics as CircuitBreakerStatistics,
+    )
+    from trio_resilience._classify import (
+        transient as transient,
+    )
+    from trio_resilience._concurrency import (
+        Stream as Stream,
+        map_with_limit as map_with_limit,
+        run_in as run_in,
+        run_with_limit as run_with_limit,
+        stream_map_with_limit as stream_map_with_limit,
+        stream_with_limit as stream_with_limit,
+    )
+    from trio_resilience._engine._guard import (
+        CircuitGuard as CircuitGuard,
+        CircuitIsolation as CircuitIsolation,
+    )
+    from trio_resilience._engine._policy import (
+        Policy as Policy,
+    )
+    from trio_resilience._errors import (
+        BulkheadFullError as BulkheadFullError,
+        CallAbandonedError as CallAbandonedError,
+        CircuitOpenError as CircuitOpenError,
+        ConfigError as ConfigError,
+        FailureRecord as FailureRecord,
+        OperationsCancelledError as OperationsCancelledError,
+        OperationsFailedError as OperationsFailedError,
+        OperationTimeoutError as OperationTimeoutError,
+        RateLimitExceededError as RateLimitExceededError,
+        RejectedError as RejectedError,
+        ResilienceError as ResilienceError,
+        RetriesExhaustedError as RetriesExhaustedError,
+    )
+    from trio_resilience._events import (
+        AttemptFinished as AttemptFinished,
+        AttemptStarted as AttemptStarted,
+        BatchFlushed as BatchFlushed,
+        CircuitState as CircuitState,
+        CircuitStateChanged as CircuitStateChanged,
+        Event as Event,
+        FallbackUsed as FallbackUsed,
+        HedgeStarted as HedgeStarted,
+        LoserFailed as LoserFailed,
+        OperationFinished as OperationFinished,
+        OperationStarted as OperationStarted,
+        Rejected as Rejected,
+        RejectionSkipped as RejectionSkipped,
+        RetryGaveUp as RetryGaveUp,
+        RetryScheduled as RetryScheduled,
+        TimedOut as TimedOut,
+        WaitFinished as WaitFinished,
+        WaitStarted as WaitStarted,
+        subscribe as subscribe,
+    )
+    from trio_resilience._fallback import (
+        Fallback as Fallback,
+        FallbackStatistics as FallbackStatistics,
+    )
+    from trio_resilience._hedge import (
+        Hedge as Hedge,
+        HedgeStatistics as HedgeStatistics,
+    )
+    from trio_resilience._keyed import (
+        Keyed as Keyed,
+        KeyedStatistics as KeyedStatistics,
+    )
+    from trio_resilience._pipeline import (
+        Pipeline as Pipeline,
+        PipelineStatistics as PipelineStatistics,
+    )
+    from trio_resilience._rate_limiter import (
+        CombinedRateLimiter as CombinedRateLimiter,
+        RateLimiter as RateLimiter,
+        RateLimiterStatistics as RateLimiterStatistics,
+    )
+    from trio_resilience._retry import (
+        Attempt as Attempt,
+        Retry as Retry,
+        RetryResult as RetryResult,
+        RetryStatistics as RetryStatistics,
+        run_with_retry as run_with_retry,
+    )
+    from trio_resilience._semaphore import (
+        Semaphore as Semaphore,
+        SemaphoreStatistics as SemaphoreStatistics,
+    )
+    from trio_resilience._timeout import (
+        Timeout as Timeout,
+        TimeoutStatistics as TimeoutStatistics,
+    )
+
+_HOMES = {
+    "_advice": "Advice",
+    "_algorithms._backoff": "Constant Decorrelated Exponential Fibonacci Linear",
+    "_algorithms._budget": "RetryBudget RetryBudgetStatistics",
+    "_algorithms._quantile": "Quantile",
+    "_batching": "Batcher BatcherStatistics Batches batched open_batcher",
+    "_bulkhead": "Bulkhead BulkheadStatistics",
+    "_circuit_breaker": "CircuitBreaker CircuitBreakerStatistics",
+    "_classify": "transient",
+    "_concurrency": (
+        "Stream map_with_limit run_in run_with_limit stream_map_with_limit stream_with_limit"
+    ),
+    "_engine._guard": "CircuitGuard CircuitIsolation",
+    "_engine._policy": "Policy",
+    "_errors": (
+        "BulkheadFullError CallAbandonedError CircuitOpenError ConfigError FailureRecord "
+        "OperationsCancelledError OperationsFailedError OperationTimeoutError "
+        "RateLimitExceededError RejectedError ResilienceError RetriesExhaustedError"
+    ),
+    "_events": (
+        "AttemptFinished AttemptStarted BatchFlushed CircuitState CircuitStateChanged Event "
+        "FallbackUsed HedgeStarted LoserFailed OperationFinished OperationStarted Rejected "
+        "RejectionSkipped RetryGaveUp RetryScheduled TimedOut WaitFinished WaitStarted "
+        "subscribe"
+    ),
+    "_fallback": "Fallback FallbackStatistics",
+    "_hedge": "Hedge HedgeStatistics",
+    "_keyed": "Keyed KeyedStatistics",
+    "_pipeline": "Pipeline PipelineStatistics",
+    "_rate_limiter": "CombinedRateLimiter RateLimiter RateLimiterStatistics",
+    "_retry": "Attempt Retry RetryResult RetryStatistics run_with_retry",
+    "_semaphore": "Semaphore SemaphoreStatistics",
+    "_timeout": "Timeout TimeoutStatistics",
+}
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__, __all__ = _offer(__name__, _HOMES)
