@@ -9,6 +9,8 @@ from typing import Final
 from benchmarks._runner import Benchmark, Bound, Case, Figures, output_of
 
 OURS = "import trio_resilience"
+HEART = "from trio_resilience import run_with_limit, Retry, Timeout"
+ALL = "from trio_resilience import *"
 DEPENDENCIES = "import trio, attrs, outcome"
 
 WALL: Final = "ms"
@@ -44,9 +46,10 @@ BENCHMARKS = (
         module="benchmarks.bench_import",
         name="import",
         about="Import in a fresh interpreter, beyond the start of the interpreter itself",
-        cases=(_case(OURS), _case(DEPENDENCIES)),
+        cases=tuple(map(_case, (OURS, HEART, ALL, DEPENDENCIES))),
         bounds=tuple(
-            Bound(case=OURS, relative_to=DEPENDENCIES, figure=figure, at_most=1.3)
+            Bound(case=case, relative_to=DEPENDENCIES, figure=figure, at_most=1.3)
+            for case in (OURS, HEART)
             for figure in (WALL, PROCESSOR)
         ),
     ),

@@ -183,9 +183,8 @@ class Pipeline(Policy[F], Generic[F]):
             raise ValueError(f"a pipeline must have at least one layer: {_EXAMPLE}")
         *outer, innermost = flat
         run = _innermost(innermost.call)
-        for layer in reversed(outer):
-            wrap = _around if isinstance(layer, _BLIND) else _around_with_arguments
-            run = wrap(layer.call, run)
+        for depth, layer in reversed(list(enumerate(outer))):
+            run = _wrapper(layer, depth)(layer.call, run)
         this: Any = self
         this.__attrs_init__(layers=flat, name=name, run=run)
 
@@ -261,9 +260,12 @@ class Pipeline(Policy[F], Generic[F]):
     ) -> T | F:
         """Return the result of ``fn(*args)``, run under all layers, or what one gives instead."""
         # Here, before any layer lets it in. What is written `async def` needs no check.
-        if type(fn) is not FunctionType or not fn.__code__.co_flags & CO_COROUTINE:
+        if type(fn) is FunctionType and fn.__code__.co_flags & CO_COROUTINE:
+            called = fn.__qualname__ if name is None else name
+        else:
             operation("fn", fn)
-        result: T | F = await self._run(fn, args, label(fn) if name is None else name)
+            called = label(fn) if name is None else name
+        result: T | F = await self._run(fn, args, called)
         return result
 
     def advice(self) -> list[Advice]:
@@ -338,6 +340,12 @@ _BLIND = (
 )
 
 
+def _wrapper(layer: Policy[Any], depth: int) -> Callable[[Callable[..., Any], Step], Step]:
+    if not isinstance(layer, _BLIND):
+        return _around_with_arguments
+    return _around if depth else _first_around
+
+
 def _innermost(call: Callable[..., Any]) -> Step:
     async def run(fn: Callable[..., Any], args: tuple[Any, ...], name: str) -> Any:
         return await call(fn, *args, name=name)
@@ -348,6 +356,15 @@ def _innermost(call: Callable[..., Any]) -> Step:
 def _around(call: Callable[..., Any], inner: Step) -> Step:
     async def run(fn: Callable[..., Any], args: tuple[Any, ...], name: str) -> Any:
         return await call(inner, fn, args, name, name=name)
+
+    return run
+
+
+def _first_around(call: Callable[..., Any], inner: Step) -> Step:
+    """Do without a frame of its own: no layer that is further out has to be given a coroutine."""
+
+    def run(fn: Callable[..., Any], args: tuple[Any, ...], name: str) -> Any:
+        return call(inner, fn, args, name, name=name)
 
     return run
 
