@@ -20,6 +20,8 @@ from trio_resilience import BatcherStatistics, OperationsCancelledError, batched
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+pytestmark = pytest.mark.exhaustive
+
 many = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # Times are in hundredths of a second: what happens by the script at multiples of 100, what comes of

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import outcome
+import pytest
 import trio
 import trio.testing
 from hypothesis import HealthCheck, given, settings
@@ -32,6 +33,9 @@ from trio_resilience import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+pytestmark = pytest.mark.exhaustive
+
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.exhaustive
+
 BENCHMARKS = [benchmark for each in SUITE.values() for benchmark in each]
 IN_THIS_PROCESS = [
     pytest.param(case, id=f"{benchmark.name}: {case.name}")

@@ -37,6 +37,8 @@ from trio_resilience import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+pytestmark = pytest.mark.exhaustive
+
 
 # --- a plain model ------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from trio_resilience.testing import Scenario, cancel_everywhere, pause
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable
 
-pytestmark = pytest.mark.watchdog(180)
+pytestmark = [pytest.mark.watchdog(180), pytest.mark.exhaustive]
 
 given_or_not = pytest.mark.parametrize("given", [True, False], ids=["given", "own"])
 

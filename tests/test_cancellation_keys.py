@@ -33,7 +33,7 @@ from trio_resilience.testing import pause
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-pytestmark = pytest.mark.watchdog(180)
+pytestmark = [pytest.mark.watchdog(180), pytest.mark.exhaustive]
 map_items: Any = map_with_limit
 stream_items: Any = stream_map_with_limit
 

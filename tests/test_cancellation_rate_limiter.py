@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Operation = Callable[[], Awaitable[int]]
     User = Callable[[], Awaitable[object]]
 
-pytestmark = pytest.mark.watchdog(180)
+pytestmark = [pytest.mark.watchdog(180), pytest.mark.exhaustive]
 
 
 def exact(seconds: float) -> Fraction:

@@ -26,7 +26,7 @@ from trio_resilience.testing import CancelReport, Scenario, cancel_everywhere, p
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-pytestmark = pytest.mark.watchdog(180)
+pytestmark = [pytest.mark.watchdog(180), pytest.mark.exhaustive]
 stream_ops: Any = stream_with_limit
 
 given_or_not = pytest.mark.parametrize("given", [True, False], ids=["given", "own"])

@@ -354,6 +354,7 @@ async def job_with_run_in(limiter: trio.CapacityLimiter, nursery: trio.Nursery) 
         await run_in(nursery, _pass_round)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.watchdog(120)
 # Between the call of an async function and its await, Ctrl-C leaves a coroutine behind anywhere.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")

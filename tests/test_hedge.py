@@ -433,6 +433,7 @@ async def times_of(hedge: Hedge, first: list[float], second: list[float]) -> lis
     return sorted(times)
 
 
+@pytest.mark.exhaustive
 async def test_hedging_cuts_the_tail(autojump_clock: MockClock) -> None:
     """At ten milliseconds: two per cent more calls; a tenth of the latency at one in a thousand."""
     number, rng, hedge = 50_000, Random(1), Hedge(after=0.01)

@@ -50,6 +50,7 @@ async def two_calls_under_a_semaphore(semaphore: Semaphore, nursery: trio.Nurser
     await run_with_limit(nursery, [inner] * 2, max_concurrency=1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.watchdog(180)
 # Between the call of an async function and its await, Ctrl-C leaves a coroutine behind anywhere.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")

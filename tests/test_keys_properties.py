@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import outcome
+import pytest
 import trio
 import trio.testing
 from hypothesis import HealthCheck, given, settings
@@ -26,6 +27,8 @@ from trio_resilience import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+pytestmark = pytest.mark.exhaustive
 
 many = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

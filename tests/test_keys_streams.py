@@ -337,6 +337,7 @@ async def test_an_error_of_the_body_wins(autojump_clock: MockClock) -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "keys, ordered",
     [(1000, False), (10**9, True)],

@@ -264,6 +264,7 @@ class Service:
         self.memory[item] = sys.getallocatedblocks(), tracemalloc.get_traced_memory()[0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.watchdog(180)
 def test_a_hundred_thousand_items_through_everything() -> None:
     """In batches, under a rate limit and a retry: at the predicted instant, in constant memory."""

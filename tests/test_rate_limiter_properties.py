@@ -19,6 +19,8 @@ from trio_resilience import RateLimiter, RateLimitExceededError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+pytestmark = pytest.mark.exhaustive
+
 NEAR = Fraction(1, 10**7)
 """Two instants that are nearer are not told apart in what the models predict."""
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from tests.test_rate_limiter import Form
 
+pytestmark = pytest.mark.exhaustive
+
 LATER = 1e9
 """Seconds, of which floats show no less than a tenth of a microsecond."""
 

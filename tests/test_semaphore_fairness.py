@@ -264,6 +264,7 @@ async def test_the_line_does_not_drift() -> None:
         await semaphore.acquire()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("weight", [1, 3])
 async def test_cancelled_waits_leave_nothing_in_memory(weight: int) -> None:
     """Of a hundred thousand."""

@@ -99,6 +99,7 @@ JOBS: list[tuple[Callable[[], Any], Callable[[Any], Awaitable[None]]]] = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.watchdog(120)
 # Between the call of an async function and its await, Ctrl-C leaves a coroutine behind anywhere.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import outcome
+import pytest
 import trio
 import trio.testing
 from hypothesis import HealthCheck, Phase, settings
@@ -27,6 +28,8 @@ from trio_resilience.testing._scheduling import seeded_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+pytestmark = pytest.mark.exhaustive
 
 many = settings(
     max_examples=150,
