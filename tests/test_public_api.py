@@ -8,6 +8,7 @@ After an intended change, write it anew, from the root of the repository:
 from __future__ import annotations
 
 import inspect
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_overloads
 
@@ -61,8 +62,11 @@ def _module(module: ModuleType) -> Iterator[str]:
 
 def _name(name: str, value: object) -> Iterator[str]:
     if isinstance(value, type):
-        yield f"class {name}{_bases(value)}{_signature(value)}"
-        yield from _members(value)
+        # How an enumeration looks up a member has another signature in each version of Python.
+        cls: type[Any] = value
+        signature = "" if issubclass(cls, Enum) else _signature(cls)
+        yield f"class {name}{_bases(cls)}{signature}"
+        yield from _members(cls)
     elif inspect.isfunction(value):
         yield from _function(name, value, indent="")
     elif type(value).__module__ in {"collections.abc", "types", "typing"}:
