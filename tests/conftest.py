@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,8 +18,13 @@ _stderr = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the real stderr for the watchdog, before tests are run with theirs captured."""
+    """Keep the real stderr for the watchdog, before tests are run with theirs captured.
+
+    And heed Ctrl-C, which a shell lets the programs ignore that it runs in the background: the
+    tests press it.
+    """
     config.stash[_stderr] = os.dup(2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
