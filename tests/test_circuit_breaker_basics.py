@@ -78,6 +78,7 @@ async def is_refused(breaker: CircuitBreaker, form: Form = by_call) -> bool:
 # --- at the door --------------------------------------------------------------------------------
 
 WRONG: list[tuple[str, list[Any]]] = [
+    ("name", [5, None, b"circuit"]),
     ("failure_threshold", [0, -1, 1.5, True, math.nan, "5"]),
     ("failure_rate", [0, -1, 1.1, True, math.nan, "5"]),
     ("slow_call_rate", [0, -1, 1.1, True, math.nan, "5"]),

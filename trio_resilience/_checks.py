@@ -92,6 +92,14 @@ def one_of(name: str, value: WordT, allowed: tuple[WordT, ...]) -> WordT:
     return value
 
 
+def text(name: str, value: str) -> str:
+    """Return *value*, or refuse what is no string."""
+    checked: object = value
+    if not isinstance(checked, str):
+        raise TypeError(f"`{name}` must be a string, got {value!r}")
+    return value
+
+
 def sync_callback(name: str, value: object) -> None:
     """Refuse what can't be called, and an async function where a plain one is called."""
     if not callable(value):

@@ -24,6 +24,7 @@ from trio_resilience._checks import (
     operation,
     seconds,
     sync_callback,
+    text,
 )
 from trio_resilience._classify import Classifier, ErrorMatch, transient
 from trio_resilience._engine._circuit import (
@@ -73,6 +74,10 @@ class CircuitBreakerStatistics(Record):
 
 
 # --- options ------------------------------------------------------------------------------------
+
+
+def _name(value: str) -> str:
+    return text("name", value)  # it is the one option that may be given by its place
 
 
 def _failure_threshold(value: int | None) -> int | None:
@@ -269,7 +274,7 @@ class CircuitBreaker(LivePolicy[Never]):
             guard.set_result(await pay(order))  # only for `failure_result`
     """
 
-    name: str = "circuit"
+    name: str = attrs.field(default="circuit", converter=_name)
     failure_threshold: int | None = attrs.field(
         default=5, kw_only=True, converter=_failure_threshold
     )
