@@ -23,13 +23,13 @@ def in_pairs(test: Test) -> Test:
     varied = [mark for mark in marks if mark.name == "parametrize"]
     vars(test)["pytestmark"] = [mark for mark in marks if mark not in varied]
     cases = pairwise([list(_values(mark)) for mark in varied])
-    mark = pytest.mark.parametrize(
+    combined = pytest.mark.parametrize(
         ",".join(mark.args[0] for mark in varied),
         [list(chain.from_iterable(arguments for _, arguments in case)) for case in cases],
         ids=["-".join(name for name, _ in case) for case in cases],
     )
-    marked: Test = mark(test)
-    return marked
+    parametrized: Test = combined(test)
+    return parametrized
 
 
 def pairwise(values: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from outcome import Error, Value
 
-pytestmark = [pytest.mark.watchdog(180), pytest.mark.exhaustive]
+pytestmark = pytest.mark.watchdog(180)
 given_or_not = pytest.mark.parametrize("given", [True, False], ids=["given", "own"])
 
 SHAPES = ["list", "generator", "async generator"]

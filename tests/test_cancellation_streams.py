@@ -21,7 +21,7 @@ from trio_resilience.testing import pause
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = [pytest.mark.watchdog(180), pytest.mark.exhaustive]
+pytestmark = pytest.mark.watchdog(180)
 # The options that a test varies choose among the overloads only as it runs.
 stream_with: Any = stream_with_limit
 stream_map_with: Any = stream_map_with_limit

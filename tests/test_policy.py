@@ -14,7 +14,7 @@ import trio
 from tests.operations import Steps, returns
 from tests.test_checks import ASYNC
 from tests.test_retry import Script, always, errors, exactly
-from trio_resilience import Policy, Retry, Timeout, run_in, run_with_limit, subscribe
+from trio_resilience import Fallback, Policy, Retry, Timeout, run_in, run_with_limit, subscribe
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -330,3 +330,15 @@ async def test_statistics_are_a_frozen_record(make: Any) -> None:
     assert policy.statistics().calls == 1
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         before.calls = 5
+
+
+@pytest.mark.parametrize("policy", [Timeout(5), Fallback(value=None)], ids=["timeout", "fallback"])
+async def test_a_policy_without_state_is_idle_even_during_a_call(policy: Any) -> None:
+    """A new one in its place would behave the same, so that `Keyed` may forget it at any time."""
+
+    async def look() -> bool:
+        await trio.lowlevel.checkpoint()
+        return bool(policy.is_idle)
+
+    assert policy.is_idle
+    assert await policy.call(look) is True
