@@ -74,6 +74,14 @@ LAYERS: dict[str, list[str]] = {
         "_advice",
         "_pipeline",
     ],
+    "the application's view": [
+        "_config_text",
+        "_config_mistakes",
+        "_config_schema",
+        "_config_options",
+        "_config",
+        "_registry",
+    ],
     "the public names": [""],
     "edges": [
         "testing._cancel_records",
@@ -108,7 +116,10 @@ ORDER = [f"{PACKAGE}.{name}".rstrip(".") for names in LAYERS.values() for name i
 LAYER_OF = dict(zip(ORDER, (layer for layer, names in LAYERS.items() for _ in names), strict=True))
 
 CORE_DEPENDENCIES = {"attr", "attrs", "outcome", "trio"}
-EXTRA_DEPENDENCIES = {"_cli": {"cyclopts", "h11", "httpx2", "rich"}}
+EXTRA_DEPENDENCIES = {
+    "_cli": {"cyclopts", "h11", "httpx2", "rich"},
+    "_config_options": {"cattrs"},
+}
 
 # Time comes from trio's clock, randomness from a generator that the caller can seed.
 FORBIDDEN_IMPORTS = {"asyncio", "time"}

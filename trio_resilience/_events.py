@@ -208,6 +208,24 @@ class LoserFailed(Event):
 
 
 @final
+@keyword_record
+class ConfigReloaded(Event):
+    """A registry has read its configuration again, and its policies are as that says."""
+
+    changed: tuple[str, ...]
+    """Names whose pipelines are others now, or are new, or are gone."""
+
+
+@final
+@keyword_record
+class ConfigReloadFailed(Event):
+    """A registry has read its configuration again, and found mistakes: nothing has changed."""
+
+    error: Exception
+    """A `ConfigError`, which tells all of them."""
+
+
+@final
 @attrs.define(eq=False, repr=False)
 class Subscription:
     """A listener and the block that it listens for."""
