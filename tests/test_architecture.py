@@ -110,6 +110,7 @@ LAYERS: dict[str, list[str]] = {
         "_cli._app",
         "_cli",
         "__main__",
+        "svcs",
     ],
 }
 ORDER = [f"{PACKAGE}.{name}".rstrip(".") for names in LAYERS.values() for name in names]
@@ -119,6 +120,7 @@ CORE_DEPENDENCIES = {"attr", "attrs", "outcome", "trio"}
 EXTRA_DEPENDENCIES = {
     "_cli": {"cyclopts", "h11", "httpx2", "rich"},
     "_config_options": {"cattrs"},
+    "svcs": {"svcs"},
 }
 
 # Time comes from trio's clock, randomness from a generator that the caller can seed.
