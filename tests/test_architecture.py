@@ -105,6 +105,7 @@ LAYERS: dict[str, list[str]] = {
         "_cli._urls",
         "_cli._rate",
         "_cli._advice",
+        "_cli._check",
         "_cli._demo",
         "_cli._fetch",
         "_cli._app",

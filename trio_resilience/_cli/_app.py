@@ -12,6 +12,7 @@ import trio
 from cyclopts import App, CycloptsError, Parameter
 
 from trio_resilience._cli._advice import run_advice
+from trio_resilience._cli._check import run_check
 from trio_resilience._cli._demo import run_demo
 from trio_resilience._cli._faults import ProfileName
 from trio_resilience._cli._fetch import Options, run_fetch
@@ -190,6 +191,21 @@ def advice(*targets: str) -> int:
     if not targets:
         raise UsageError("no pipeline is given: name one, such as shop.policies:payments")
     return run_advice(targets)
+
+
+@app.command
+def check(config: Path) -> int:
+    """Check a configuration, and show the pipelines that it describes, as a tree of all options.
+
+    The exit status is 0 if nothing is wrong, and 2 otherwise: then every mistake is told on stderr,
+    each on a line of its own, with its key path.
+
+    Parameters
+    ----------
+    config
+        A TOML file.
+    """
+    return run_check(config)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
