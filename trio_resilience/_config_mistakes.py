@@ -47,9 +47,7 @@ class Mistakes:
             self.more += 1
             return
         text = one_line(rule if isinstance(rule, str) else rule())
-        line = f"{shown_path(path)}: {text}" if path else text
-        if line not in self.found:
-            self.found.append(line)
+        self.found.append(f"{shown_path(path)}: {text}" if path else text)
 
     def raise_any(self) -> None:
         """Raise all of them, if there are any."""

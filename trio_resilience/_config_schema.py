@@ -7,7 +7,6 @@ refused is refused by their own checks, in their own words.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
@@ -206,35 +205,3 @@ def spread(kind: str, table: Mapping[str, object]) -> dict[str, object]:
             raise ValueError(f"`rate` must be a number where `per` is given, got {text!r}")
         given |= {"rate": number, "per": seconds}
     return given
-
-
-# --- how they are told ----------------------------------------------------------------------------
-
-_PROBES: Final = (-1, 0, 0.5, 2, 1e300, float("inf"))
-_RULE = re.compile(r"must be (.*?)(?:, got .*)?$", re.DOTALL)
-
-
-def unit_of(option: Option) -> str:
-    """Return what kind of value it is."""
-    if option.is_time:
-        return "time"
-    objection = option.objection("?") or ""
-    for words, unit in (("True or False", "bool"), ("one of", "word"), ("an int", "integer")):
-        if words in objection:
-            return unit
-    return "number" if "a number" in objection else "name"
-
-
-def range_of(option: Option) -> str:
-    """Return what the constructor says of values that it refuses."""
-    if unit_of(option) == "word":
-        found = [option.objection("?")]
-    else:
-        found = [option.objection(probe) for probe in _PROBES]
-    rules = [rule[1] for text in found if text and (rule := _RULE.search(text))]
-    known = [each for each in rules if each not in {"an int", "a number", "True or False"}]
-    is_budget = option.key == "budget"
-    words = ["the name of a budget"] if is_budget else list(dict.fromkeys(known))
-    if option.accepts(None):
-        words.append("or `false`")
-    return ", ".join(words)

@@ -17,7 +17,7 @@ from trio_resilience._config import Config, LayerConfig, PipelineConfig, check_c
 from trio_resilience._config_mistakes import shown_path, suggestion
 from trio_resilience._config_text import read_toml
 from trio_resilience._engine._block import Block
-from trio_resilience._engine._join import check_nursery
+from trio_resilience._engine._join import check_nursery, leaves_of
 from trio_resilience._engine._policy import LivePolicy, Policy
 from trio_resilience._engine._report import report
 from trio_resilience._errors import ConfigError
@@ -320,6 +320,8 @@ class Registry:
 
     # --- how it is kept up to date ----------------------------------------------------------------
 
+    # Ctrl-C is for the program, and not to end with this task what nobody waits for.
+    @enable_ki_protection
     async def _watch(self, every: float) -> None:
         while True:
             await trio.sleep(every)
@@ -406,6 +408,8 @@ class _Open:
         block.job.scope.cancel()
         await block.join()  # noqa: ASYNC102 - a cancellation is passed on, and waits
         failure, block.job.error = block.job.error, None
+        if failure is not None and not isinstance(failure, Exception):
+            failure = BaseExceptionGroup("a listener stopped the watch", leaves_of(failure))
         try:
             block.settle(failure, exc)
         finally:
