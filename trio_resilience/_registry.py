@@ -255,7 +255,7 @@ class Registry:
             path = shown_path(("policies", name))
             raise ConfigError([f"{path}: is defined already, with other settings"])
         self._defined = defined
-        self._swap(config)
+        self._swap(config, self._raw)
         return self[name]
 
     # --- the configuration ------------------------------------------------------------------------
@@ -350,8 +350,8 @@ class Registry:
     def _install(self, raw: object) -> tuple[str, ...]:
         required = dict.fromkeys([*self._required, *self._handles])
         config = check_config(raw, required=required, defined=self._defined)
-        changed = self._swap(config)
-        self._raw, self._last_error = raw, None
+        changed = self._swap(config, raw)
+        self._last_error = None
         self._reloads += 1
         if trio.lowlevel.in_trio_task():
             report(ConfigReloaded, policy=self.name, operation="reload", changed=changed)
@@ -364,10 +364,10 @@ class Registry:
             report(ConfigReloadFailed, policy=self.name, operation="reload", error=error)
 
     @enable_ki_protection
-    def _swap(self, config: Config) -> tuple[str, ...]:
+    def _swap(self, config: Config, raw: object) -> tuple[str, ...]:
         old, new = self._built, _Built.of(config, self._built)
         names = dict.fromkeys([*old.pipelines, *new.pipelines])
-        self._built = new
+        self._built, self._raw = new, raw
         for name, handle in self._handles.items():
             handle._pipeline = new.pipelines[name]  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         return tuple(
