@@ -424,6 +424,18 @@ async def test_what_stops_the_program_comes_out_of_the_block(
     assert caught.group_contains(KeyboardInterrupt)
 
 
+async def test_ctrl_c_is_not_for_the_watcher(path: Path, autojump_clock: MockClock) -> None:
+    """Nobody would hear of it before the block ends, which in a server is never."""
+    write(path, "policies.a.timeout = 1")
+    registry = Registry.load(path)
+    heard: list[bool] = []
+    with subscribe(lambda _: heard.append(trio.lowlevel.currently_ki_protected())):
+        async with trio.open_nursery() as nursery, registry.open(nursery, watch=1):
+            write(path, "policies.a.timeout = 2")
+            await _until(lambda: bool(heard))
+    assert heard == [True]
+
+
 async def test_a_block_is_refused_that_has_nothing_to_watch_or_no_nursery(path: Path) -> None:
     """At once, before it is entered; and one block serves once."""
     registry = Registry.load({})
