@@ -40,7 +40,7 @@ def test_a_name_that_is_missing_is_found_out_when_it_is_registered() -> None:
     services = svcs.Registry()
     with pytest.raises(KeyError, match="did you mean `payments`"):
         register_policies(services, load(), {SearchPolicy: "search", PaymentsPolicy: "paymnts"})
-    assert not list(services)
+    assert not any(kind in services for kind in cast("list[type]", [Registry, SearchPolicy]))
 
 
 @attrs.frozen
