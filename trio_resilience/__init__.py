@@ -79,6 +79,8 @@ if TYPE_CHECKING:
         BatchFlushed as BatchFlushed,
         CircuitState as CircuitState,
         CircuitStateChanged as CircuitStateChanged,
+        ConfigReloadFailed as ConfigReloadFailed,
+        ConfigReloaded as ConfigReloaded,
         Event as Event,
         FallbackUsed as FallbackUsed,
         HedgeStarted as HedgeStarted,
@@ -114,6 +116,11 @@ if TYPE_CHECKING:
         CombinedRateLimiter as CombinedRateLimiter,
         RateLimiter as RateLimiter,
         RateLimiterStatistics as RateLimiterStatistics,
+    )
+    from trio_resilience._registry import (
+        RegisteredPolicy as RegisteredPolicy,
+        Registry as Registry,
+        RegistryStatistics as RegistryStatistics,
     )
     from trio_resilience._retry import (
         Attempt as Attempt,
@@ -151,16 +158,17 @@ _HOMES = {
         "RateLimitExceededError RejectedError ResilienceError RetriesExhaustedError"
     ),
     "_events": (
-        "AttemptFinished AttemptStarted BatchFlushed CircuitState CircuitStateChanged Event "
-        "FallbackUsed HedgeStarted LoserFailed OperationFinished OperationStarted Rejected "
-        "RejectionSkipped RetryGaveUp RetryScheduled TimedOut WaitFinished WaitStarted "
-        "subscribe"
+        "AttemptFinished AttemptStarted BatchFlushed CircuitState CircuitStateChanged "
+        "ConfigReloadFailed ConfigReloaded Event FallbackUsed HedgeStarted LoserFailed "
+        "OperationFinished OperationStarted Rejected RejectionSkipped RetryGaveUp "
+        "RetryScheduled TimedOut WaitFinished WaitStarted subscribe"
     ),
     "_fallback": "Fallback FallbackStatistics",
     "_hedge": "Hedge HedgeStatistics",
     "_keyed": "Keyed KeyedStatistics",
     "_pipeline": "Pipeline PipelineStatistics",
     "_rate_limiter": "CombinedRateLimiter RateLimiter RateLimiterStatistics",
+    "_registry": "RegisteredPolicy Registry RegistryStatistics",
     "_retry": "Attempt Retry RetryResult RetryStatistics run_with_retry",
     "_semaphore": "Semaphore SemaphoreStatistics",
     "_timeout": "Timeout TimeoutStatistics",

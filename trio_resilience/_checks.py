@@ -92,10 +92,9 @@ def one_of(name: str, value: WordT, allowed: tuple[WordT, ...]) -> WordT:
     return value
 
 
-def text(name: str, value: str) -> str:
+def text(name: str, value: object) -> str:
     """Return *value*, or refuse what is no string."""
-    checked: object = value
-    if not isinstance(checked, str):
+    if not isinstance(value, str):
         raise TypeError(f"`{name}` must be a string, got {value!r}")
     return value
 
