@@ -77,6 +77,8 @@ if TYPE_CHECKING:
         AttemptFinished as AttemptFinished,
         AttemptStarted as AttemptStarted,
         BatchFlushed as BatchFlushed,
+        CallFinished as CallFinished,
+        CallStarted as CallStarted,
         CircuitState as CircuitState,
         CircuitStateChanged as CircuitStateChanged,
         ConfigReloadFailed as ConfigReloadFailed,
@@ -158,10 +160,11 @@ _HOMES = {
         "RateLimitExceededError RejectedError ResilienceError RetriesExhaustedError"
     ),
     "_events": (
-        "AttemptFinished AttemptStarted BatchFlushed CircuitState CircuitStateChanged "
-        "ConfigReloadFailed ConfigReloaded Event FallbackUsed HedgeStarted LoserFailed "
-        "OperationFinished OperationStarted Rejected RejectionSkipped RetryGaveUp "
-        "RetryScheduled TimedOut WaitFinished WaitStarted subscribe"
+        "AttemptFinished AttemptStarted BatchFlushed CallFinished CallStarted CircuitState "
+        "CircuitStateChanged ConfigReloadFailed ConfigReloaded Event FallbackUsed "
+        "HedgeStarted LoserFailed OperationFinished OperationStarted Rejected "
+        "RejectionSkipped RetryGaveUp RetryScheduled TimedOut WaitFinished WaitStarted "
+        "subscribe"
     ),
     "_fallback": "Fallback FallbackStatistics",
     "_hedge": "Hedge HedgeStatistics",
