@@ -12,6 +12,7 @@
     ├── OperationsFailedError       also an ExceptionGroup; .outcomes
     ├── OperationsCancelledError    the nursery went away, not the caller; .failures
     ├── RetriesExhaustedError       only for result-based retry; .last_result .attempts
+    ├── ProbeFailedError            a health check's probe returned False; .name
     └── ConfigError                 .errors
 
 An operation's own error is never among them: it comes out as the object it is. Messages are built
@@ -229,6 +230,19 @@ class RetriesExhaustedError(ResilienceError):
     def __str__(self) -> str:
         times = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
         return f"no acceptable result after {times}; the last one was {self.last_result!r}"
+
+
+class ProbeFailedError(ResilienceError):
+    """The probe of the health check *name* returned ``False``."""
+
+    name: str
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"the probe of {self.name!r} returned False"
 
 
 class ConfigError(ResilienceError):

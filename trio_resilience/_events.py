@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, final
 import attrs
 
 from trio_resilience._checks import sync_callback
+from trio_resilience._errors import FailureRecord
 from trio_resilience._records import Record, keyword_record
 
 if TYPE_CHECKING:
@@ -224,6 +225,41 @@ class LoserFailed(Event):
 
     leg: int
     error: Exception
+
+
+class HealthStatus(StrEnum):
+    """How a service does, or all services together."""
+
+    HEALTHY = "healthy"
+    DEGRADED = "degraded"
+    """It goes on without some of what it should have."""
+    UNHEALTHY = "unhealthy"
+
+
+@final
+@keyword_record
+class HealthChecked(Event):
+    """The health of a service was checked; the operation is the name of the service."""
+
+    status: HealthStatus
+    critical: bool
+    attempts: int
+    """How often its probe was called: not at all if a circuit refused that."""
+    duration: float
+    """Seconds that it took, all attempts included."""
+    error: FailureRecord | None
+
+
+@final
+@keyword_record
+class HealthChanged(Event):
+    """A health monitor has found a status, of a service or of all together, that is new."""
+
+    previous: HealthStatus | None
+    """Of all together; ``None`` if this is the first report."""
+    status: HealthStatus
+    services: tuple[str, ...]
+    """Those whose own status is new."""
 
 
 @final

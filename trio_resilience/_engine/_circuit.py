@@ -215,7 +215,7 @@ class Judge:
             return
         if isinstance(error, NotAnOperationError) or not self._is_failure(error):
             return
-        failure = _failure_of(error)
+        failure = failure_of(error)
         slow = failure.time - began >= self.slow_call_duration
         rule.failed(ticket, failure, self.pace, slow=slow)
         if rule.changes:
@@ -274,7 +274,7 @@ class Judge:
         except NotAnOperationError:
             raise
         except Exception as error:  # noqa: BLE001 - no probe that raises says that it works
-            return _failure_of(error)
+            return failure_of(error)
         text = f"the probe took longer than {patience:g} s"
         return FailureRecord("TooSlowError", text, trio.current_time())
 
@@ -339,7 +339,8 @@ def _says_nothing(error: BaseException) -> bool:
 
 
 @disable_ki_protection
-def _failure_of(error: Exception) -> FailureRecord:
+def failure_of(error: Exception) -> FailureRecord:
+    """Return what is kept of an error: words, and no more of them than a report has room for."""
     try:
         text = str(error)
     except Exception:  # noqa: BLE001 - whatever a foreign class raises, its failure is one
