@@ -194,3 +194,33 @@ def test_asking_a_monitor() -> None:
 
     report = cancel_everywhere(make, seeds=[0])
     assert report.cancellations > 0
+
+
+def test_asking_a_monitor_that_ends() -> None:
+    """Who is cancelled as it ends hears of the cancellation, and of nothing else."""
+
+    def make() -> Scenario:
+        watched = Watched()
+
+        async def run_for_a_while() -> None:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(watched.monitor.run)
+                await pause(3)
+                nursery.cancel_scope.cancel()
+
+        async def victim(_: trio.Nursery) -> None:
+            while watched.monitor.report is None:
+                await pause()
+            while True:
+                await watched.monitor.check()
+
+        return Scenario(
+            victim,
+            others=[run_for_a_while],
+            fresh_user=watched.use,
+            invariant=watched.check,
+            expected=(OperationsCancelledError, RuntimeError),
+        )
+
+    report = cancel_everywhere(make, seeds=range(2))
+    assert report.cancellations > 0

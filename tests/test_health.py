@@ -602,7 +602,9 @@ async def test_what_is_no_exception_stops_all(
 
 
 @pytest.mark.parametrize("has_policies", [False, True])
-async def test_a_probe_that_returns_nothing_to_await_is_a_mistake(has_policies: bool) -> None:
+async def test_a_probe_that_returns_nothing_to_await_is_a_mistake(
+    autojump_clock: MockClock, has_policies: bool
+) -> None:
     """A bare `TypeError`, when it is called; the others have ended."""
     other = Legs([1000])
     breaker = opened()
@@ -612,8 +614,23 @@ async def test_a_probe_that_returns_nothing_to_await_is_a_mistake(has_policies: 
         check = HealthCheck(mistaken, retry=Retry(), breaker=breaker)
     with pytest.raises(TypeError, match="it returned 3, which can't be awaited"):
         await check_health({"it": check, "other": HealthCheck(other)})
-    assert other.running == 0
+    assert (other.running, trio.current_time()) == (0, 0)
     assert breaker.statistics().calls == 0
+
+
+async def test_a_mistake_is_not_kept_alive() -> None:
+    """Once it has been handled, without the garbage collector's help."""
+    mistaken: Any = lambda: 3  # noqa: E731 - it is what is under test
+    seen: list[weakref.ref[TypeError]] = []
+    gc.disable()
+    try:
+        try:
+            await check_health({"it": HealthCheck(mistaken)})
+        except TypeError as error:
+            seen.append(weakref.ref(error))
+        assert [ref() for ref in seen] == [None]
+    finally:
+        gc.enable()
 
 
 async def test_cancelling_the_caller_cancels_all_probes(autojump_clock: MockClock) -> None:

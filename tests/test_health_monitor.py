@@ -279,6 +279,30 @@ async def test_who_waits_hears_that_the_monitor_was_cancelled(autojump_clock: Mo
     assert heard == ["cancelled"]
 
 
+async def test_who_is_cancelled_as_the_monitor_ends_hears_of_that_alone(
+    autojump_clock: MockClock,
+) -> None:
+    script: list[BaseException | None] = [None, SystemExit()]
+
+    async def probe() -> None:
+        error = script.pop(0)
+        if error is not None:
+            raise error
+
+    monitor, scope = watching(probe), trio.CancelScope()
+
+    async def watch(task_status: trio.TaskStatus[HealthReport]) -> None:
+        with pytest.raises(BaseExceptionGroup):
+            await monitor.run(task_status=task_status)
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(watch)
+        with scope:
+            await monitor.check()
+    assert scope.cancelled_caught
+
+
 # --- running it -----------------------------------------------------------------------------------
 
 
@@ -301,6 +325,26 @@ async def test_it_may_be_started_again(autojump_clock: MockClock) -> None:
             nursery.cancel_scope.cancel()
     assert len(service.asked_at) == 2
     assert len(changes) == 1
+
+
+async def test_ctrl_c_in_a_probe_leaves_it_ready_to_run_again(
+    autojump_clock: MockClock,
+) -> None:
+    script: list[BaseException | None] = [KeyboardInterrupt(), None]
+
+    async def probe() -> None:
+        error = script.pop(0)
+        if error is not None:
+            raise error
+
+    monitor = watching(probe)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await monitor.run()
+    assert [type(leaf) for leaf in leaves(caught.value)] == [KeyboardInterrupt]
+    assert monitor.report is None
+    with trio.move_on_after(1):
+        await monitor.run()
+    assert last(monitor).is_healthy
 
 
 async def test_what_is_no_exception_comes_out_of_it(autojump_clock: MockClock) -> None:
@@ -574,38 +618,38 @@ async def test_another_run_has_no_report(nursery: trio.Nursery) -> None:
     nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("in_a_run", [True, False])
-def test_what_is_left_of_a_run_that_crashed_harms_no_other(in_a_run: bool) -> None:
+def test_what_is_left_of_a_run_that_crashed_harms_no_other() -> None:
     """Who waited there is never woken, and the monitor runs anew."""
-    monitor = watching(Service())
+    monitor = watching(partial(returns, "ok"))
     left: Any = monitor.run()
+    course: list[str] = []
 
     async def dies() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(wait_for_ever)
+            nursery.start_soon(wait_for_the_second_round)
             await left
 
-    async def wait_for_ever() -> None:
+    async def wait_for_the_second_round() -> None:
+        while monitor.report is None:
+            await trio.lowlevel.checkpoint()
         turn = monitor._runs.get().turn  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        course.append("waits")
         await turn.ended.wait()
-
-    def go_on() -> None:
-        # Trio itself complains of a scope whose run is over.
-        with pytest.raises(RuntimeError):
-            left.close()
+        course.append("was woken")
 
     async def lives() -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(monitor.run)
-            go_on()
+            with pytest.raises(RuntimeError, match="Cancel scope stack corrupted"):
+                left.close()
             assert (await monitor.check()).is_healthy
+            await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
 
     crash(dies)
-    if in_a_run:
-        run(lives)
-    else:
-        go_on()
+    assert last(monitor).is_stale
+    run(lives)
+    assert course == ["waits"]
 
 
 async def test_in_test_mode_it_has_a_state_of_its_own(autojump_clock: MockClock) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias, cast, final
 
 import attrs
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from trio_resilience._algorithms._breaker import CLOSED
 from trio_resilience._checks import (
@@ -251,6 +252,8 @@ class _Round:
     _found: dict[str, ServiceHealth] = attrs.field(factory=dict[str, ServiceHealth], init=False)
     _mistake: NotAnOperationError | None = attrs.field(default=None, init=False)
 
+    # Ctrl-C at the edges of a nursery would leave it open; probes run in tasks that it may strike.
+    @enable_ki_protection
     async def make(self) -> HealthReport:  # noqa: ASYNC910 - a nursery's end is a checkpoint
         async with trio.open_nursery(strict_exception_groups=True) as nursery:
             for service, check in self.checks.items():
