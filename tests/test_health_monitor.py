@@ -291,7 +291,9 @@ async def test_who_is_cancelled_as_the_monitor_ends_hears_of_that_alone(
 
     monitor, scope = watching(probe), trio.CancelScope()
 
-    async def watch(task_status: trio.TaskStatus[HealthReport]) -> None:
+    async def watch(  # noqa: ASYNC128 - it hands it on
+        task_status: trio.TaskStatus[HealthReport],
+    ) -> None:
         with pytest.raises(BaseExceptionGroup):
             await monitor.run(task_status=task_status)
         scope.cancel()
