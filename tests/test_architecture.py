@@ -81,6 +81,8 @@ LAYERS: dict[str, list[str]] = {
         "_config_options",
         "_config",
         "_registry",
+        "_health",
+        "_health_monitor",
     ],
     "the public names": [""],
     "edges": [

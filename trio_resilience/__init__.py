@@ -65,9 +65,10 @@ if TYPE_CHECKING:
         CircuitOpenError as CircuitOpenError,
         ConfigError as ConfigError,
         FailureRecord as FailureRecord,
+        OperationTimeoutError as OperationTimeoutError,
         OperationsCancelledError as OperationsCancelledError,
         OperationsFailedError as OperationsFailedError,
-        OperationTimeoutError as OperationTimeoutError,
+        ProbeFailedError as ProbeFailedError,
         RateLimitExceededError as RateLimitExceededError,
         RejectedError as RejectedError,
         ResilienceError as ResilienceError,
@@ -77,14 +78,15 @@ if TYPE_CHECKING:
         AttemptFinished as AttemptFinished,
         AttemptStarted as AttemptStarted,
         BatchFlushed as BatchFlushed,
-        CallFinished as CallFinished,
-        CallStarted as CallStarted,
         CircuitState as CircuitState,
         CircuitStateChanged as CircuitStateChanged,
         ConfigReloadFailed as ConfigReloadFailed,
         ConfigReloaded as ConfigReloaded,
         Event as Event,
         FallbackUsed as FallbackUsed,
+        HealthChanged as HealthChanged,
+        HealthChecked as HealthChecked,
+        HealthStatus as HealthStatus,
         HedgeStarted as HedgeStarted,
         LoserFailed as LoserFailed,
         OperationFinished as OperationFinished,
@@ -101,6 +103,15 @@ if TYPE_CHECKING:
     from trio_resilience._fallback import (
         Fallback as Fallback,
         FallbackStatistics as FallbackStatistics,
+    )
+    from trio_resilience._health import (
+        HealthCheck as HealthCheck,
+        HealthReport as HealthReport,
+        ServiceHealth as ServiceHealth,
+        check_health as check_health,
+    )
+    from trio_resilience._health_monitor import (
+        HealthMonitor as HealthMonitor,
     )
     from trio_resilience._hedge import (
         Hedge as Hedge,
@@ -156,17 +167,20 @@ _HOMES = {
     "_engine._policy": "Policy",
     "_errors": (
         "BulkheadFullError CallAbandonedError CircuitOpenError ConfigError FailureRecord "
-        "OperationsCancelledError OperationsFailedError OperationTimeoutError "
-        "RateLimitExceededError RejectedError ResilienceError RetriesExhaustedError"
+        "OperationTimeoutError OperationsCancelledError OperationsFailedError "
+        "ProbeFailedError RateLimitExceededError RejectedError ResilienceError "
+        "RetriesExhaustedError"
     ),
     "_events": (
-        "AttemptFinished AttemptStarted BatchFlushed CallFinished CallStarted CircuitState "
-        "CircuitStateChanged ConfigReloadFailed ConfigReloaded Event FallbackUsed "
-        "HedgeStarted LoserFailed OperationFinished OperationStarted Rejected "
+        "AttemptFinished AttemptStarted BatchFlushed CircuitState CircuitStateChanged "
+        "ConfigReloadFailed ConfigReloaded Event FallbackUsed HealthChanged HealthChecked "
+        "HealthStatus HedgeStarted LoserFailed OperationFinished OperationStarted Rejected "
         "RejectionSkipped RetryGaveUp RetryScheduled TimedOut WaitFinished WaitStarted "
         "subscribe"
     ),
     "_fallback": "Fallback FallbackStatistics",
+    "_health": "HealthCheck HealthReport ServiceHealth check_health",
+    "_health_monitor": "HealthMonitor",
     "_hedge": "Hedge HedgeStatistics",
     "_keyed": "Keyed KeyedStatistics",
     "_pipeline": "Pipeline PipelineStatistics",
