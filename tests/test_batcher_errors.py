@@ -36,7 +36,7 @@ async def fail_with(error: Exception, count: int = 3) -> list[Exception]:
     async def process(items: list[int]) -> None:
         await fails(error)
 
-    async with open_batcher(None, process, batch_size=count) as batcher:
+    async with open_batcher(None, process, batch_size=count, max_age=60) as batcher:
         async with trio.open_nursery() as nursery:
             outcomes = await submit_all(nursery, batcher, range(count))
         assert batcher.statistics().failures == 1
