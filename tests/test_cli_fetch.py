@@ -270,7 +270,8 @@ def test_an_endless_input_is_read_as_fast_as_it_is_worked_through(
     writer.start()
     lines = fetch("--input", str(fifo), "--max-concurrency", "2", status=130)
     writer.join()
-    assert len(lines) == 5
+    # The fifth may be under way when the interrupt comes.
+    assert len(lines) in {4, 5}
     assert written < 20_000
 
 

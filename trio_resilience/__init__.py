@@ -1,12 +1,52 @@
 """Keep a trio program working when what it calls is slow, flaky or overloaded.
 
 A public name is imported from its module when it is used first, so a program pays for the parts
-that it uses. Type checkers read the imports, and the program the table below them.
+that it uses. The program reads the table, and type checkers the imports below it.
 """
 
 from typing import TYPE_CHECKING
 
 from trio_resilience._lazy import offer as _offer
+
+_HOMES = {
+    "_advice": "Advice",
+    "_algorithms._backoff": "Constant Decorrelated Exponential Fibonacci Linear",
+    "_algorithms._budget": "RetryBudget RetryBudgetStatistics",
+    "_algorithms._quantile": "Quantile",
+    "_batching": "Batcher BatcherStatistics Batches batched open_batcher",
+    "_bulkhead": "Bulkhead BulkheadStatistics",
+    "_circuit_breaker": "CircuitBreaker CircuitBreakerStatistics",
+    "_classify": "transient",
+    "_concurrency": (
+        "Stream map_with_limit run_in run_with_limit stream_map_with_limit stream_with_limit"
+    ),
+    "_engine._guard": "CircuitGuard CircuitIsolation",
+    "_engine._policy": "Policy",
+    "_errors": (
+        "BulkheadFullError CallAbandonedError CircuitOpenError ConfigError FailureRecord "
+        "OperationTimeoutError OperationsCancelledError OperationsFailedError "
+        "ProbeFailedError RateLimitExceededError RejectedError ResilienceError "
+        "RetriesExhaustedError"
+    ),
+    "_events": (
+        "AttemptFinished AttemptStarted BatchFlushed CircuitState CircuitStateChanged "
+        "ConfigReloadFailed ConfigReloaded Event FallbackUsed HealthChanged HealthChecked "
+        "HealthStatus HedgeStarted LoserFailed OperationFinished OperationStarted Rejected "
+        "RejectionSkipped RetryGaveUp RetryScheduled TimedOut WaitFinished WaitStarted "
+        "subscribe"
+    ),
+    "_fallback": "Fallback FallbackStatistics",
+    "_health": "HealthCheck HealthReport ServiceHealth check_health",
+    "_health_monitor": "HealthMonitor",
+    "_hedge": "Hedge HedgeStatistics",
+    "_keyed": "Keyed KeyedStatistics",
+    "_pipeline": "Pipeline PipelineStatistics",
+    "_rate_limiter": "CombinedRateLimiter RateLimiter RateLimiterStatistics",
+    "_registry": "RegisteredPolicy Registry RegistryStatistics",
+    "_retry": "Attempt Retry RetryResult RetryStatistics run_with_retry",
+    "_semaphore": "Semaphore SemaphoreStatistics",
+    "_timeout": "Timeout TimeoutStatistics",
+}
 
 if TYPE_CHECKING:
     from trio_resilience._advice import (
@@ -150,46 +190,5 @@ if TYPE_CHECKING:
         Timeout as Timeout,
         TimeoutStatistics as TimeoutStatistics,
     )
-
-_HOMES = {
-    "_advice": "Advice",
-    "_algorithms._backoff": "Constant Decorrelated Exponential Fibonacci Linear",
-    "_algorithms._budget": "RetryBudget RetryBudgetStatistics",
-    "_algorithms._quantile": "Quantile",
-    "_batching": "Batcher BatcherStatistics Batches batched open_batcher",
-    "_bulkhead": "Bulkhead BulkheadStatistics",
-    "_circuit_breaker": "CircuitBreaker CircuitBreakerStatistics",
-    "_classify": "transient",
-    "_concurrency": (
-        "Stream map_with_limit run_in run_with_limit stream_map_with_limit stream_with_limit"
-    ),
-    "_engine._guard": "CircuitGuard CircuitIsolation",
-    "_engine._policy": "Policy",
-    "_errors": (
-        "BulkheadFullError CallAbandonedError CircuitOpenError ConfigError FailureRecord "
-        "OperationTimeoutError OperationsCancelledError OperationsFailedError "
-        "ProbeFailedError RateLimitExceededError RejectedError ResilienceError "
-        "RetriesExhaustedError"
-    ),
-    "_events": (
-        "AttemptFinished AttemptStarted BatchFlushed CircuitState CircuitStateChanged "
-        "ConfigReloadFailed ConfigReloaded Event FallbackUsed HealthChanged HealthChecked "
-        "HealthStatus HedgeStarted LoserFailed OperationFinished OperationStarted Rejected "
-        "RejectionSkipped RetryGaveUp RetryScheduled TimedOut WaitFinished WaitStarted "
-        "subscribe"
-    ),
-    "_fallback": "Fallback FallbackStatistics",
-    "_health": "HealthCheck HealthReport ServiceHealth check_health",
-    "_health_monitor": "HealthMonitor",
-    "_hedge": "Hedge HedgeStatistics",
-    "_keyed": "Keyed KeyedStatistics",
-    "_pipeline": "Pipeline PipelineStatistics",
-    "_rate_limiter": "CombinedRateLimiter RateLimiter RateLimiterStatistics",
-    "_registry": "RegisteredPolicy Registry RegistryStatistics",
-    "_retry": "Attempt Retry RetryResult RetryStatistics run_with_retry",
-    "_semaphore": "Semaphore SemaphoreStatistics",
-    "_timeout": "Timeout TimeoutStatistics",
-}
-
-if not TYPE_CHECKING:
+else:
     __getattr__, __dir__, __all__ = _offer(__name__, _HOMES)
