@@ -61,6 +61,7 @@ class RejectedError(ResilienceError):
     that is not known.
     """
 
+    args: tuple[Any, ...]
     retry_after: float | None
 
     # Each refusal sets all of its attributes itself: what a program does when it is overloaded has
