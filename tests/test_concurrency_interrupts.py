@@ -321,6 +321,31 @@ class Tripwire:
         return None
 
 
+def press_everywhere(
+    scenario: Callable[[list[str]], Callable[[], Awaitable[Any]]], *, lines: int
+) -> None:
+    """Press Ctrl-C wherever *scenario* comes by: it comes out once, and leaves nothing wrong.
+
+    The scenario is given the list to which it adds what it finds wrong. It executes more than so
+    many *lines* of the library; almost all that are chosen have to be reached again.
+    """
+    problems = list[str]()
+    whole = Tripwire(at=-1)
+    assert whole.trace(scenario(problems)) is None
+    assert whole.lines > lines
+    presses, landed = whole.numbers(), 0
+    for number in presses:
+        found, wire = list[str](), Tripwire(at=number)
+        error = wire.trace(scenario(found))
+        kinds = [] if error is None else [type(leaf) for leaf in leaves(error)]
+        if wire.where and kinds != [KeyboardInterrupt]:
+            found.append(f"what came out is {error!r}, caused by {error and error.__cause__!r}")
+        problems += [f"{wire.where}: {each}" for each in found]
+        landed += bool(wire.where)
+    assert not problems, "\n".join(sorted(set(problems)))
+    assert landed > 0.9 * len(presses)
+
+
 def _place_of(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
@@ -361,7 +386,6 @@ async def job_with_run_in(limiter: trio.CapacityLimiter, nursery: trio.Nursery) 
 @pytest.mark.parametrize("job", [job_with_a_list, job_with_a_stream, job_with_run_in])
 def test_ctrl_c_at_any_line(job: Callable[..., Awaitable[None]]) -> None:
     """Tokens come back, no task is left, and exactly one KeyboardInterrupt comes out."""
-    problems = list[str]()
 
     def scenario(found: list[str]) -> Callable[[], Awaitable[None]]:
         async def main() -> None:
@@ -379,14 +403,4 @@ def test_ctrl_c_at_any_line(job: Callable[..., Awaitable[None]]) -> None:
 
         return main
 
-    whole = Tripwire(at=-1)
-    assert whole.trace(scenario(problems)) is None
-    assert whole.lines > 20
-    for line in whole.numbers():
-        found, wire = list[str](), Tripwire(at=line)
-        error = wire.trace(scenario(found))
-        kinds = [] if error is None else [type(leaf) for leaf in leaves(error)]
-        if wire.where and kinds != [KeyboardInterrupt]:
-            found.append(f"what came out is {error!r}, caused by {error and error.__cause__!r}")
-        problems += [f"{wire.where}: {each}" for each in found]
-    assert not problems, "\n".join(sorted(set(problems)))
+    press_everywhere(scenario, lines=20)

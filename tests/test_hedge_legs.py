@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from tests.operations import fails, leaves, returns
-from tests.test_concurrency_interrupts import Tripwire, ctrl_c_for_the_main_task, run
+from tests.test_concurrency_interrupts import ctrl_c_for_the_main_task, press_everywhere, run
 from tests.test_hedge import Legs, notes
 from tests.test_retry_memory import AgainError, attempt_to, holding
 from tests.test_retry_memory import no_collector as no_collector  # noqa: PLC0414 - a fixture
@@ -329,7 +329,6 @@ def test_ctrl_c_joins_all_legs(moment: str) -> None:
 
 def test_ctrl_c_at_any_line() -> None:
     """It comes out once, whatever the library does at that moment; no token and no leg is lost."""
-    problems = list[str]()
 
     def scenario(found: list[str]) -> Callable[[], Awaitable[None]]:
         async def main() -> None:
@@ -355,17 +354,7 @@ def test_ctrl_c_at_any_line() -> None:
 
         return main
 
-    whole = Tripwire(at=-1)
-    assert whole.trace(scenario(problems)) is None
-    assert whole.lines > 50
-    for line in whole.numbers():
-        found, wire = list[str](), Tripwire(at=line)
-        error = wire.trace(scenario(found))
-        kinds = [] if error is None else [type(leaf) for leaf in leaves(error)]
-        if wire.where and kinds != [KeyboardInterrupt]:
-            found.append(f"what came out is {error!r}, caused by {error and error.__cause__!r}")
-        problems += [f"{wire.where}: {problem}" for problem in found]
-    assert not problems, "\n".join(sorted(set(problems)))
+    press_everywhere(scenario, lines=50)
 
 
 # --- context and memory -------------------------------------------------------------------------

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from tests.operations import leaves
-from tests.test_concurrency_interrupts import Tripwire, ctrl_c, run
+from tests.test_concurrency_interrupts import ctrl_c, press_everywhere, run
 from tests.test_keyed import Slots, first, keep, numbers, use
 from trio_resilience import BulkheadFullError, Constant, Retry, Semaphore, run_with_limit
 from trio_resilience._keyed import Keyed
@@ -330,7 +329,6 @@ async def pass_round(_: object) -> None:
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_ctrl_c_at_any_line() -> None:
     """One KeyboardInterrupt comes out, and nothing stays in use."""
-    problems = list[str]()
 
     def scenario(found: list[str]) -> Callable[[], Awaitable[None]]:
         async def main() -> None:
@@ -347,17 +345,7 @@ def test_ctrl_c_at_any_line() -> None:
 
         return main
 
-    whole = Tripwire(at=-1)
-    assert whole.trace(scenario(problems)) is None
-    assert whole.lines > 100
-    for line in whole.numbers():
-        found, wire = list[str](), Tripwire(at=line)
-        error = wire.trace(scenario(found))
-        kinds = [] if error is None else [type(leaf) for leaf in leaves(error)]
-        if wire.where and kinds != [KeyboardInterrupt]:
-            found.append(f"what came out is {error!r}")
-        problems += [f"{wire.where}: {problem}" for problem in found]
-    assert not problems, "\n".join(sorted(set(problems)))
+    press_everywhere(scenario, lines=100)
 
 
 @pytest.mark.parametrize("where", ["key", "factory", "operation"])

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from tests.operations import foreign_nursery, leaves
-from tests.test_concurrency_interrupts import Tripwire
+from tests.operations import foreign_nursery
+from tests.test_concurrency_interrupts import press_everywhere
 from trio_resilience import Semaphore, map_with_limit, run_with_limit, stream_map_with_limit
 
 if TYPE_CHECKING:
@@ -65,7 +65,6 @@ async def two_calls_under_a_semaphore(semaphore: Semaphore, nursery: trio.Nurser
 )
 def test_ctrl_c_at_any_line(job: Callable[[Semaphore, trio.Nursery], Awaitable[None]]) -> None:
     """Permits come back, no task is left, and exactly one KeyboardInterrupt comes out."""
-    problems = list[str]()
 
     def scenario(found: list[str]) -> Callable[[], Awaitable[None]]:
         async def main() -> None:
@@ -84,14 +83,4 @@ def test_ctrl_c_at_any_line(job: Callable[[Semaphore, trio.Nursery], Awaitable[N
 
         return main
 
-    whole = Tripwire(at=-1)
-    assert whole.trace(scenario(problems)) is None
-    assert whole.lines > 20
-    for line in whole.numbers():
-        found, wire = list[str](), Tripwire(at=line)
-        error = wire.trace(scenario(found))
-        kinds = [] if error is None else [type(leaf) for leaf in leaves(error)]
-        if wire.where and kinds != [KeyboardInterrupt]:
-            found.append(f"what came out is {error!r}, caused by {error and error.__cause__!r}")
-        problems += [f"{wire.where}: {each}" for each in found]
-    assert not problems, "\n".join(sorted(set(problems)))
+    press_everywhere(scenario, lines=20)

@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from tests.operations import Stopwatch, leaves
-from tests.test_concurrency_interrupts import Tripwire, ctrl_c_for_the_main_task
+from tests.operations import Stopwatch
+from tests.test_concurrency_interrupts import ctrl_c_for_the_main_task, press_everywhere
 from tests.test_rate_limiter import by_acquire, drain, forms
 from trio_resilience import RateLimiter, RateLimiterStatistics, RateLimitExceededError
 from trio_resilience.testing import test_mode as mode
@@ -274,7 +274,6 @@ def test_ctrl_c_in_line_takes_nothing(form: Form) -> None:
 @forms
 def test_ctrl_c_at_any_line(form: Form, combined: bool) -> None:
     """Nobody is left in line, and what was taken is what was used; it comes out once."""
-    problems = list[str]()
 
     def scenario(found: list[str]) -> Callable[[], Awaitable[None]]:
         async def main() -> None:
@@ -296,14 +295,4 @@ def test_ctrl_c_at_any_line(form: Form, combined: bool) -> None:
 
         return main
 
-    whole = Tripwire(at=-1)
-    assert whole.trace(scenario(problems)) is None
-    assert whole.lines > 20
-    for line in whole.numbers():
-        found, wire = list[str](), Tripwire(at=line)
-        error = wire.trace(scenario(found))
-        kinds = [] if error is None else [type(leaf) for leaf in leaves(error)]
-        if wire.where and kinds != [KeyboardInterrupt]:
-            found.append(f"what came out is {error!r}, caused by {error and error.__cause__!r}")
-        problems += [f"{wire.where}: {each}" for each in found]
-    assert not problems, "\n".join(sorted(set(problems)))
+    press_everywhere(scenario, lines=20)

@@ -12,8 +12,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests.operations import foreign_nursery, leaves
-from tests.test_concurrency_interrupts import Tripwire, ctrl_c_for_the_main_task, run
+from tests.operations import foreign_nursery
+from tests.test_concurrency_interrupts import ctrl_c_for_the_main_task, press_everywhere, run
 from tests.test_semaphore import Visitors, counts
 from tests.test_semaphore_runs import each, every_entry
 from trio_resilience import Bulkhead, BulkheadFullError, Event, Semaphore, subscribe
@@ -106,7 +106,6 @@ JOBS: list[tuple[Callable[[], Any], Callable[[Any], Awaitable[None]]]] = [
 @pytest.mark.parametrize("make, job", JOBS, ids=["semaphore", "resize", "bulkhead", "no line"])
 def test_ctrl_c_at_any_line(make: Any, job: Any) -> None:
     """The main task, among others, uses it: all permits come back, and one error comes out."""
-    problems = list[str]()
 
     def scenario(found: list[str]) -> Callable[[], Awaitable[None]]:
         async def main() -> None:
@@ -131,17 +130,7 @@ def test_ctrl_c_at_any_line(make: Any, job: Any) -> None:
 
         return main
 
-    whole = Tripwire(at=-1)
-    assert whole.trace(scenario(problems)) is None
-    assert whole.lines > 20
-    for line in whole.numbers():
-        found, wire = list[str](), Tripwire(at=line)
-        error = wire.trace(scenario(found))
-        kinds = [] if error is None else [type(leaf) for leaf in leaves(error)]
-        if wire.where and kinds != [KeyboardInterrupt]:
-            found.append(f"what came out is {error!r}, caused by {error and error.__cause__!r}")
-        problems += [f"{wire.where}: {problem}" for problem in found]
-    assert not problems, "\n".join(sorted(set(problems)))
+    press_everywhere(scenario, lines=20)
 
 
 # --- test_mode ----------------------------------------------------------------------------------
