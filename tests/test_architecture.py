@@ -45,6 +45,7 @@ LAYERS: dict[str, list[str]] = {
         "_engine._outbox",
         "_engine._source",
         "_engine._policy",
+        "_engine._watched",
         "_engine._circuit",
         "_engine._guard",
         "_engine._chooser",

@@ -15,8 +15,9 @@ from trio_resilience._engine._permits import OpenBlocks, Permits, caller
 from trio_resilience._engine._policy import LivePolicy, open_overrides, overrides
 from trio_resilience._engine._report import report
 from trio_resilience._engine._waiting import Waiting
+from trio_resilience._engine._watched import Watched, watched
 from trio_resilience._errors import BulkheadFullError
-from trio_resilience._events import Rejected
+from trio_resilience._events import Rejected, open_subscriptions
 from trio_resilience._records import Record, record
 from trio_resilience._semaphore import Semaphore, permits_of
 
@@ -142,6 +143,8 @@ class Bulkhead(LivePolicy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, run when there is room for it."""
+        if open_subscriptions and type(name) is not Watched:
+            return await watched(self, self.call, fn, args, name)
         permits = permits_of(self._semaphore)
         if not permits.try_take():
             operation("fn", fn)

@@ -37,8 +37,9 @@ from trio_resilience._engine._circuit import (
 from trio_resilience._engine._driver import run_unprotected
 from trio_resilience._engine._guard import CircuitGuard, CircuitIsolation
 from trio_resilience._engine._policy import LivePolicy, open_overrides, overrides
+from trio_resilience._engine._watched import Watched, watched
 from trio_resilience._errors import FailureRecord
-from trio_resilience._events import CircuitState
+from trio_resilience._events import CircuitState, open_subscriptions
 from trio_resilience._records import Record, record
 
 T = TypeVar("T")
@@ -365,6 +366,8 @@ class CircuitBreaker(LivePolicy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, or refuse the call; a checkpoint if that is one."""
+        if open_subscriptions and type(name) is not Watched:
+            return await watched(self, self.call, fn, args, name)
         runs = self._here().runs if open_overrides else self._circuit.runs
         run = runs.state if runs.token is current_trio_token() else runs.get()
         rule = run.rule

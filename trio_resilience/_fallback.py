@@ -14,8 +14,9 @@ from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._policy import Policy, open_overrides, overrides
 from trio_resilience._engine._report import report
 from trio_resilience._engine._traceback import add_note_once
+from trio_resilience._engine._watched import Watched, watched
 from trio_resilience._errors import CallAbandonedError
-from trio_resilience._events import FallbackUsed
+from trio_resilience._events import FallbackUsed, open_subscriptions
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
@@ -159,6 +160,8 @@ class Fallback(Policy[F], Generic[F]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T | F:
         """Return the result of ``fn(*args)``, or that of the fallback if it fails."""
+        if open_subscriptions and type(name) is not Watched:
+            return await watched(self, self.call, fn, args, name)
         self._current_counts().calls += 1
         try:
             result: T = await awaitable(fn, *args)

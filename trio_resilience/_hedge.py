@@ -26,7 +26,8 @@ from trio_resilience._engine._policy import Policy, open_overrides, overrides
 from trio_resilience._engine._race import Leg, Race
 from trio_resilience._engine._report import report
 from trio_resilience._engine._traceback import add_note_once
-from trio_resilience._events import HedgeStarted, LoserFailed, Subscription
+from trio_resilience._engine._watched import Watched, watched
+from trio_resilience._events import HedgeStarted, LoserFailed, Subscription, open_subscriptions
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
@@ -169,6 +170,8 @@ class Hedge(Policy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of the first call of ``fn(*args)`` that succeeds."""
+        if open_subscriptions and type(name) is not Watched:
+            return await watched(self, self.call, fn, args, name)
         operation("fn", fn)
         call = self._start(label(fn) if name is None else name)
         race = call.race(fn, args)

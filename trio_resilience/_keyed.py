@@ -15,8 +15,9 @@ from trio_resilience._checks import integer, label, operation, seconds, sync_cal
 from trio_resilience._engine._policy import LivePolicy, Policy, open_overrides, overrides
 from trio_resilience._engine._report import report
 from trio_resilience._engine._shelves import IDLE, STAYS, Shelves
+from trio_resilience._engine._watched import Watched, plain, watched
 from trio_resilience._errors import BulkheadFullError
-from trio_resilience._events import Rejected
+from trio_resilience._events import Rejected, open_subscriptions
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ class Keyed(LivePolicy[Never], Generic[K, PolicyT]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, run under the policy of its key."""
+        if open_subscriptions and type(name) is not Watched:
+            return await watched(self, self.call, fn, args, name)
         operation("fn", fn)
         table, key = self._here(), _key_of(self.key, fn, args)
         kept = table.pin(key)
@@ -142,7 +145,7 @@ class Keyed(LivePolicy[Never], Generic[K, PolicyT]):
             raise await self._refusal(label(fn) if name is None else name)
         run = table.run
         try:
-            return await _run_under(kept.policy, fn, args, name)
+            return await _run_under(kept.policy, fn, args, plain(name))
         finally:
             table.unpin(kept, run)
 

@@ -28,6 +28,8 @@ from trio_resilience._bulkhead import Bulkhead
 from trio_resilience._checks import label, operation, seconds
 from trio_resilience._circuit_breaker import CircuitBreaker
 from trio_resilience._engine._policy import Policy
+from trio_resilience._engine._watched import Watched, watched
+from trio_resilience._events import open_subscriptions
 from trio_resilience._fallback import Fallback
 from trio_resilience._hedge import Hedge
 from trio_resilience._rate_limiter import CombinedRateLimiter, RateLimiter
@@ -259,12 +261,14 @@ class Pipeline(Policy[F], Generic[F]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T | F:
         """Return the result of ``fn(*args)``, run under all layers, or what one gives instead."""
+        if open_subscriptions and type(name) is not Watched:
+            return await watched(self, self.call, fn, args, name)
         # Here, before any layer lets it in. What is written `async def` needs no check.
         if type(fn) is FunctionType and fn.__code__.co_flags & CO_COROUTINE:
-            called = fn.__qualname__ if name is None else name
+            called = fn.__qualname__ if name is None else str(name)
         else:
             operation("fn", fn)
-            called = label(fn) if name is None else name
+            called = label(fn) if name is None else str(name)
         result: T | F = await self._run(fn, args, called)
         return result
 

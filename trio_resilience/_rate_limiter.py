@@ -20,8 +20,9 @@ from trio_resilience._engine._policy import LivePolicy, open_overrides, override
 from trio_resilience._engine._report import report
 from trio_resilience._engine._run import RunState
 from trio_resilience._engine._waiting import Waiting
+from trio_resilience._engine._watched import Watched, watched
 from trio_resilience._errors import RateLimitExceededError
-from trio_resilience._events import Rejected
+from trio_resilience._events import Rejected, open_subscriptions
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
@@ -309,6 +310,8 @@ class _Limiter(LivePolicy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, called when the rate allows it."""
+        if open_subscriptions and type(name) is not Watched:
+            return await watched(self, self.call, fn, args, name)
         # What is written `async def` needs no check.
         is_coroutine_function = type(fn) is FunctionType and fn.__code__.co_flags & CO_COROUTINE
         if not is_coroutine_function:

@@ -47,6 +47,7 @@ from trio_resilience._engine._traceback import (
     below_our_frames,
     drop_tracebacks,
 )
+from trio_resilience._engine._watched import Watched, watched
 from trio_resilience._errors import (
     OperationTimeoutError,
     RejectedError,
@@ -248,6 +249,8 @@ class Retry(Policy[Never]):
         """Return the result of the first attempt at ``fn(*args)`` that succeeds."""
         result: T
         if not self._is_plain or open_subscriptions or open_overrides:
+            if open_subscriptions and type(name) is not Watched:
+                return await watched(self, self.call, fn, args, name)
             call = self._start(fn, name)
             await _repeat(call, fn, args)
             result = call.result
@@ -282,6 +285,8 @@ class Retry(Policy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> RetryResult[T]:
         """Like `call`, and tell how many attempts and how much waiting the result took."""
+        if open_subscriptions and type(name) is not Watched:
+            return await watched(self, self.call_counted, fn, args, name)
         call = self._start(fn, name)
         await _repeat(call, fn, args)
         return RetryResult(call.result, call.rule.attempts, call.rule.total_delay)

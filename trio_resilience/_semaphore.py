@@ -14,6 +14,8 @@ from trio_resilience._engine._permits import OpenBlocks, Permits, caller, is_hel
 from trio_resilience._engine._policy import LivePolicy, open_overrides, runs_here
 from trio_resilience._engine._run import RunState
 from trio_resilience._engine._waiting import Waiting
+from trio_resilience._engine._watched import Watched, watched
+from trio_resilience._events import open_subscriptions
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
@@ -178,6 +180,8 @@ class Semaphore(LivePolicy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, run with a permit; a checkpoint if that is one."""
+        if open_subscriptions and type(name) is not Watched:
+            return await watched(self, self.call, fn, args, name)
         permits = self._here()
         if not permits.try_take():
             operation("fn", fn)

@@ -13,8 +13,9 @@ from trio_resilience._engine._deadline import Limit
 from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._policy import Policy, open_overrides, overrides
 from trio_resilience._engine._report import report
+from trio_resilience._engine._watched import Watched, watched
 from trio_resilience._errors import OperationTimeoutError
-from trio_resilience._events import TimedOut
+from trio_resilience._events import TimedOut, open_subscriptions
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class Timeout(Policy[Never]):
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)`` if it arrives in time."""
+        if open_subscriptions and type(name) is not Watched:
+            return await watched(self, self.call, fn, args, name)
         operation = label(fn) if name is None else name
         self._count_call()
         try:
