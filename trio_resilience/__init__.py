@@ -29,11 +29,11 @@ _HOMES = {
         "RetriesExhaustedError"
     ),
     "_events": (
-        "AttemptFinished AttemptStarted BatchFlushed CircuitState CircuitStateChanged "
-        "ConfigReloadFailed ConfigReloaded Event FallbackUsed HealthChanged HealthChecked "
-        "HealthStatus HedgeStarted LoserFailed OperationFinished OperationStarted Rejected "
-        "RejectionSkipped RetryGaveUp RetryScheduled TimedOut WaitFinished WaitStarted "
-        "subscribe"
+        "AttemptFinished AttemptStarted BatchFlushed CallFinished CallStarted CircuitState "
+        "CircuitStateChanged ConfigReloadFailed ConfigReloaded Event FallbackUsed "
+        "HealthChanged HealthChecked HealthStatus HedgeStarted LoserFailed OperationFinished "
+        "OperationStarted Rejected RejectionSkipped RetryGaveUp RetryScheduled TimedOut "
+        "WaitFinished WaitStarted subscribe"
     ),
     "_fallback": "Fallback FallbackStatistics",
     "_health": "HealthCheck HealthReport ServiceHealth check_health",
@@ -118,6 +118,8 @@ if TYPE_CHECKING:
         AttemptFinished as AttemptFinished,
         AttemptStarted as AttemptStarted,
         BatchFlushed as BatchFlushed,
+        CallFinished as CallFinished,
+        CallStarted as CallStarted,
         CircuitState as CircuitState,
         CircuitStateChanged as CircuitStateChanged,
         ConfigReloadFailed as ConfigReloadFailed,

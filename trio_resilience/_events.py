@@ -33,6 +33,25 @@ class Event(Record):
 
 @final
 @keyword_record
+class CallStarted(Event):
+    """A policy has been asked to run an operation."""
+
+
+@final
+@keyword_record
+class CallFinished(Event):
+    """A policy's call has ended: it returned, unless it raised or was cancelled."""
+
+    duration: float
+    """Seconds since it started, waits and repeats included."""
+    error: Exception | None
+    """What came out; a `RejectedError` if the policy, or one further in, has refused the call."""
+    cancelled: bool
+    """Whether it was cancelled, or stopped by something else that is no `Exception`."""
+
+
+@final
+@keyword_record
 class OperationStarted(Event):
     """`run_with_limit`, or one of its kin, has begun to run an operation."""
 
