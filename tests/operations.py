@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 import attrs
 import trio
 
+from trio_resilience import CallFinished, CallStarted
+
 if TYPE_CHECKING:
     from collections.abc import (
         AsyncGenerator,
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
         Iterable,
         Iterator,
     )
+
+    from trio_resilience import Event
 
 T = TypeVar("T")
 
@@ -185,3 +189,13 @@ def ancestors(task: trio.lowlevel.Task) -> list[trio.Nursery]:
         found.append(nursery)
         nursery = nursery.parent_task.parent_nursery
     return found
+
+
+def within_calls(listener: Callable[[Event], object]) -> Callable[[Event], None]:
+    """Tell *listener* what happens within the calls of policies, and not of these themselves."""
+
+    def hear(event: Event) -> None:
+        if not isinstance(event, (CallStarted, CallFinished)):
+            listener(event)
+
+    return hear

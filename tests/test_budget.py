@@ -12,7 +12,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.operations import fails, returns
+from tests.operations import fails, returns, within_calls
 from tests.test_retry import Script, errors, exactly, is_busy
 from tests.test_retry_memory import attempt_to, holding
 from tests.test_retry_memory import no_collector as no_collector  # noqa: PLC0414 - a fixture
@@ -196,7 +196,7 @@ async def test_who_gets_no_token_gives_up_at_once(autojump_clock: MockClock) -> 
     error = OSError("first")
     retry = exactly(budget=empty(), name="db")
     heard = list[Event]()
-    with subscribe(heard.append), pytest.raises(OSError, match="first") as caught:
+    with subscribe(within_calls(heard.append)), pytest.raises(OSError, match="first") as caught:
         await retry.call(Script([error]))
     assert caught.value is error
     assert error.__notes__ == ["db: gave up after 1 attempt: the retry budget is empty"]

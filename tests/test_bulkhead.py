@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests.operations import returns
+from tests.operations import returns, within_calls
 from tests.test_semaphore import Visitors, counts
 from trio_resilience import (
     Bulkhead,
@@ -236,7 +236,7 @@ async def test_an_outer_deadline_is_not_ours(autojump_clock: MockClock) -> None:
     """Earlier, or at the very same instant: it is the cancellation that goes on, uncounted."""
     bulkhead, heard = Bulkhead(1, max_wait=2), list[Event]()
     await bulkhead.acquire()
-    with subscribe(heard.append):
+    with subscribe(within_calls(heard.append)):
         for seconds in (1, 2):
             for enter in ways_into(bulkhead):
                 with trio.move_on_after(seconds) as scope:

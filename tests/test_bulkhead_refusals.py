@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests.operations import Steps, fails, leaves, returns
+from tests.operations import Steps, fails, leaves, returns, within_calls
 from tests.test_bulkhead import ways_into
 from tests.test_semaphore import Visitors, counts
 from trio_resilience import (
@@ -318,7 +318,7 @@ def test_a_bulkhead_is_a_policy_and_no_bound() -> None:
 async def test_events_tell_of_waits_and_refusals(autojump_clock: MockClock) -> None:
     """Each wait that starts ends, also one that is refused, which is not called cancelled."""
     bulkhead, heard = Bulkhead(1, queue_size=1, max_wait=2, name="db"), list[Event]()
-    with subscribe(heard.append):
+    with subscribe(within_calls(heard.append)):
         await bulkhead.call(returns, 1)
         assert heard == []
         await bulkhead.acquire()

@@ -22,7 +22,7 @@ from tests._circuits import (
     stops,
     succeed,
 )
-from tests.operations import Gauge, Stopwatch, fails, returns
+from tests.operations import Gauge, Stopwatch, fails, returns, within_calls
 from trio_resilience import (
     Bulkhead,
     BulkheadFullError,
@@ -179,7 +179,7 @@ async def test_a_cancelled_call_is_not_counted(autojump_clock: MockClock, form: 
     """Whoever cancels it: a time limit outside, a scope, or the nursery."""
     breaker, heard = CircuitBreaker(failure_threshold=1), list[Event]()
     before = breaker.statistics()
-    with subscribe(heard.append):
+    with subscribe(within_calls(heard.append)):
         with trio.move_on_after(1) as scope:
             await form(breaker, trio.sleep_forever)
         assert scope.cancelled_caught
@@ -236,7 +236,7 @@ async def test_what_stops_the_program_passes_through(form: Form, stop: BaseExcep
         assert breaker.statistics().in_flight == 1
         raise stop
 
-    with subscribe(heard.append), pytest.raises(type(stop)) as caught:
+    with subscribe(within_calls(heard.append)), pytest.raises(type(stop)) as caught:
         await form(breaker, op)
     assert caught.value is stop
     assert len(calls) == 1

@@ -15,7 +15,7 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests.operations import fails, returns
+from tests.operations import fails, returns, within_calls
 from trio_resilience import (
     CallAbandonedError,
     CircuitOpenError,
@@ -390,7 +390,7 @@ async def test_a_success_may_be_the_call_that_opens_it(form: Form) -> None:
     breaker, heard = CircuitBreaker("p", failure_rate=0.2, min_calls=5), list[Event]()
     await form(breaker, returns, 1)
     await trip(breaker)
-    with subscribe(heard.append):
+    with subscribe(within_calls(heard.append)):
         for number in range(3):
             assert breaker.state is CLOSED
             assert await form(breaker, returns, number) == number
@@ -568,7 +568,7 @@ async def test_a_listener_that_stops_the_program_when_a_probe_hangs(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(breaker.call, trio.sleep_forever)
         await trio.sleep(60)
-        with subscribe(listen), pytest.raises(SystemExit):
+        with subscribe(within_calls(listen)), pytest.raises(SystemExit):
             await breaker.call(returns, 1)
         assert breaker.state is OPEN
         nursery.cancel_scope.cancel()

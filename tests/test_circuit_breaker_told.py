@@ -25,7 +25,7 @@ from tests._circuits import (
     is_refused,
     succeed,
 )
-from tests.operations import fails, returns
+from tests.operations import fails, returns, within_calls
 from trio_resilience import CircuitOpenError, Event, Rejected, subscribe
 from trio_resilience._circuit_breaker import CircuitBreaker
 from trio_resilience._events import CircuitState, CircuitStateChanged, RejectionSkipped
@@ -110,7 +110,7 @@ async def test_a_cancelled_refusal_is_none(form: Form) -> None:
     """It is the cancellation that comes out, and nothing is counted or told."""
     breaker, heard = CircuitBreaker(), list[Event]()
     breaker.isolate()
-    with subscribe(heard.append), trio.CancelScope() as scope:
+    with subscribe(within_calls(heard.append)), trio.CancelScope() as scope:
         scope.cancel()
         await form(breaker, returns, 1)
     assert scope.cancelled_caught
@@ -139,7 +139,7 @@ async def test_the_wall_clock_does_not_matter(
 async def test_calls_that_change_nothing_are_not_told_of() -> None:
     """Whether they succeed, fail or are cancelled."""
     breaker, heard = CircuitBreaker(), list[Event]()
-    with subscribe(heard.append):
+    with subscribe(within_calls(heard.append)):
         await succeed(breaker)
         await fail(breaker)
         with trio.CancelScope() as scope:
@@ -210,7 +210,7 @@ async def test_a_listener_may_stop_the_program(form: Form) -> None:
     def stop(_: Event) -> None:
         raise KeyboardInterrupt
 
-    with subscribe(stop), pytest.raises(KeyboardInterrupt):
+    with subscribe(within_calls(stop)), pytest.raises(KeyboardInterrupt):
         await form(breaker, fails, OSError())
     assert (breaker.state, breaker.statistics().in_flight) == (OPEN, 0)
 
@@ -223,9 +223,9 @@ async def test_after_a_listener_that_stops_the_program_others_are_told_of_all() 
         breaker.reset()  # so that there is something more to tell
         raise KeyboardInterrupt
 
-    with subscribe(stop), pytest.raises(KeyboardInterrupt):
+    with subscribe(within_calls(stop)), pytest.raises(KeyboardInterrupt):
         await breaker.call(fails, OSError())
-    with subscribe(heard.append):
+    with subscribe(within_calls(heard.append)):
         await fail(breaker)
     assert changes(heard) == [(OPEN, CLOSED), (CLOSED, OPEN)]
 

@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.operations import within_calls
 from tests.test_retry import Script, errors, exactly, is_busy
 from trio_resilience import (
     AttemptFinished,
@@ -63,7 +64,7 @@ async def test_the_attempts_of_a_call(autojump_clock: MockClock) -> None:
     """Each start and each end, and each wait, in order, with instants and durations."""
     given, listener = errors(2), Listener()
     policy = exactly(name="db")
-    with subscribe(listener):
+    with subscribe(within_calls(listener)):
         await policy.call(Script([*given], seconds=0.5), name="load")
     finished, scheduled = listener.of(AttemptFinished), listener.of(RetryScheduled)
     assert listener.kinds == [
@@ -83,7 +84,7 @@ async def test_the_attempts_of_a_call(autojump_clock: MockClock) -> None:
 async def test_the_end_of_a_call_that_gives_up(autojump_clock: MockClock) -> None:
     """With the reason, which is also in the note, and what came last."""
     listener, given = Listener(), errors(3)
-    with subscribe(listener), pytest.raises(OSError, match="failure 3"):
+    with subscribe(within_calls(listener)), pytest.raises(OSError, match="failure 3"):
         await exactly().call(Script([*given]))
     (gave_up,) = listener.of(RetryGaveUp)
     assert listener.heard[-1] is gave_up
@@ -143,7 +144,7 @@ async def test_a_limit_that_expires(autojump_clock: MockClock, option: str) -> N
 async def test_a_timeout_policy_reports_its_expiry(autojump_clock: MockClock) -> None:
     """And nothing else."""
     listener, timeout = Listener(), Timeout(2, name="db")
-    with subscribe(listener):
+    with subscribe(within_calls(listener)):
         await timeout.call(trio.sleep, 1)
         with pytest.raises(OperationTimeoutError):
             await timeout.call(trio.sleep, 9, name="nap")
@@ -159,7 +160,7 @@ async def test_a_timeout_policy_reports_its_expiry(autojump_clock: MockClock) ->
 async def test_what_was_cancelled_is_not_reported_as_success(autojump_clock: MockClock) -> None:
     """The attempt has ended, and neither returned nor raised."""
     listener = Listener()
-    with subscribe(listener), trio.move_on_after(1):
+    with subscribe(within_calls(listener)), trio.move_on_after(1):
         await exactly(attempt_timeout=5).call(trio.sleep_forever)
     assert listener.kinds == [AttemptStarted, AttemptFinished]
     finished = listener.heard[-1]
@@ -174,7 +175,7 @@ async def test_operations_are_named_after_their_function(autojump_clock: MockClo
         pass
 
     listener = Listener()
-    with subscribe(listener):
+    with subscribe(within_calls(listener)):
         await exactly().call(load)
         await exactly().call(partial(load))
         await exactly()(load)()
@@ -204,7 +205,7 @@ async def test_events_of_a_policy_lie_between_those_of_its_operation(
 ) -> None:
     """All in the order in which they happen."""
     listener = Listener()
-    with subscribe(listener):
+    with subscribe(within_calls(listener)):
         await map_with_limit(None, trio.sleep, [1.0], policy=exactly())
     assert listener.kinds == [OperationStarted, AttemptStarted, AttemptFinished, OperationFinished]
 
@@ -221,11 +222,11 @@ async def test_a_listener_hears_its_block_alone() -> None:
     listener, other = Listener(), Listener()
 
     async def elsewhere() -> None:
-        with subscribe(other):
+        with subscribe(within_calls(other)):
             await call_once()
 
     async with trio.open_nursery() as nursery:
-        with subscribe(listener):
+        with subscribe(within_calls(listener)):
             nursery.start_soon(call_once)
             await call_once()
             await trio.testing.wait_all_tasks_blocked()
@@ -245,9 +246,9 @@ async def test_a_task_that_outlives_the_block_is_not_heard(autojump_clock: MockC
         await trio.sleep(5)
         await call_once()
 
-    with subscribe(outer):
+    with subscribe(within_calls(outer)):
         async with trio.open_nursery() as nursery:
-            with subscribe(listener):
+            with subscribe(within_calls(listener)):
                 nursery.start_soon(later)
                 await trio.sleep(1)
     assert listener.heard == []
@@ -258,14 +259,14 @@ async def test_many_listeners_hear_in_their_order() -> None:
     """Nested blocks, and the same listener twice, too."""
     heard = list[str]()
     with (
-        subscribe(lambda _: heard.append("outer")),
-        subscribe(lambda _: heard.append("inner")),
+        subscribe(within_calls(lambda _: heard.append("outer"))),
+        subscribe(within_calls(lambda _: heard.append("inner"))),
     ):
         await exactly().call(Script())
     assert heard == ["outer", "inner"] * 2
     listener = Listener()
-    with subscribe(listener):
-        with subscribe(listener):
+    with subscribe(within_calls(listener)):
+        with subscribe(within_calls(listener)):
             await call_once()
         await call_once()
     assert len(listener.heard) == 6
@@ -275,8 +276,8 @@ async def test_blocks_may_end_in_any_order() -> None:
     """As those of an exit stack, or of fixtures, may do."""
     first, second = Listener(), Listener()
     stack = contextlib.ExitStack()
-    stack.enter_context(subscribe(first))
-    inner = subscribe(second)
+    stack.enter_context(subscribe(within_calls(first)))
+    inner = subscribe(within_calls(second))
     inner.__enter__()
     stack.close()
     await call_once()
@@ -288,7 +289,7 @@ async def test_blocks_may_end_in_any_order() -> None:
 def test_a_whole_program_is_heard_from_outside() -> None:
     """Around `trio.run`; two runs are heard by one."""
     listener = Listener()
-    with subscribe(listener):
+    with subscribe(within_calls(listener)):
         trio.run(call_once)
         trio.run(call_once)
     trio.run(call_once)
@@ -305,7 +306,11 @@ async def test_a_listener_that_raises_changes_nothing(
         calls.append(event)
         raise ZeroDivisionError("in the listener")
 
-    with subscribe(before), subscribe(broken), subscribe(after):
+    with (
+        subscribe(within_calls(before)),
+        subscribe(within_calls(broken)),
+        subscribe(within_calls(after)),
+    ):
         assert await exactly().call(Script(list(errors(2)))) == "ok"
     assert len(calls) == len(before.heard) == len(after.heard) == 8
     assert [record.name for record in caplog.records] == ["trio_resilience"]
@@ -333,12 +338,12 @@ async def test_a_listener_may_use_the_library(autojump_clock: MockClock, kind: s
     def listener(event: Event) -> None:
         seen.append(policy.statistics())
         if kind == "subscribes" and len(seen) == 1:
-            stack.enter_context(subscribe(inner))
+            stack.enter_context(subscribe(within_calls(inner)))
         if kind == "raises" and isinstance(event, RetryGaveUp):
             assert policy.statistics().given_up == 1
             raise OSError
 
-    with stack, subscribe(listener), pytest.raises(ValueError, match="wrong"):
+    with stack, subscribe(within_calls(listener)), pytest.raises(ValueError, match="wrong"):
         await policy.call(Script([OSError("again"), ValueError("wrong")]))
     assert seen[-1].given_up == 1
     assert seen[0].attempts == 1
@@ -396,7 +401,7 @@ def test_events_are_frozen_records() -> None:
 async def test_an_event_shows_all_that_it_knows(autojump_clock: MockClock) -> None:
     """Its name and its fields, those that all events share first."""
     listener = Listener()
-    with subscribe(listener):
+    with subscribe(within_calls(listener)):
         await exactly(name="mine").call(trio.sleep, 1, name="nap")
     shown = repr(listener.heard[0])
     assert shown.startswith("AttemptStarted(time=0.0, task=")

@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, assert_no_checkpoints
 
-from tests.operations import fails, returns
+from tests.operations import fails, returns, within_calls
 from tests.test_hedge import at_once
 from tests.test_retry_memory import attempt_to, holding
 from tests.test_retry_memory import no_collector as no_collector  # noqa: PLC0414 - a fixture
@@ -312,7 +312,7 @@ async def test_the_fast_path_adds_no_checkpoint() -> None:
 async def test_listeners_hear_of_it() -> None:
     """When the fallback's result is there; of its failure the caller hears."""
     heard, error = list[Event](), OSError("x")
-    with subscribe(heard.append):
+    with subscribe(within_calls(heard.append)):
         await Fallback(describe, name="cache").call(fails, error)
         await Fallback(value=1).call(fails, error, name="named")
         with pytest.raises(LookupError):

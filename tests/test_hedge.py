@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.operations import fails, returns
+from tests.operations import fails, returns, within_calls
 from trio_resilience import Constant, Event, RejectedError, Retry, Timeout, subscribe
 from trio_resilience._algorithms._budget import RetryBudget
 from trio_resilience._algorithms._quantile import Quantile
@@ -311,7 +311,7 @@ async def test_a_hedge_that_calls_nothing_costs_nothing(autojump_clock: MockCloc
     budget = RetryBudget()
     legs = Legs([60])
     hedge = Hedge(after=1, budget=budget)
-    with trio.CancelScope() as scope, subscribe(lambda _: scope.cancel()):
+    with trio.CancelScope() as scope, subscribe(within_calls(lambda _: scope.cancel())):
         await hedge.call(legs)
     assert scope.cancelled_caught
     assert legs.began_at == [0]
@@ -358,7 +358,7 @@ async def test_calls_that_all_take_as_long_are_not_hedged(
     """None of them is slow: the quantile that is learnt is not less than what there was."""
     hedge = Hedge(after=Quantile(0.5, min_samples=10))
     heard = list[Event]()
-    with subscribe(heard.append):
+    with subscribe(within_calls(heard.append)):
         for _ in range(100):
             await hedge.call(trio.sleep, seconds)
     assert hedge.statistics().hedges == 0
@@ -453,7 +453,7 @@ async def test_hedging_cuts_the_tail(autojump_clock: MockClock) -> None:
 
 async def test_listeners_hear_of_hedges(autojump_clock: MockClock) -> None:
     heard = list[Event]()
-    with subscribe(heard.append):
+    with subscribe(within_calls(heard.append)):
         await Hedge(after=1, max_hedges=2, name="h").call(Legs([9, 9, 1]), name="op")
         await Hedge(after=1).call(Legs([0.5]))
     assert [

@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests.operations import returns
+from tests.operations import returns, within_calls
 from tests.test_events import Listener
 from tests.test_keyed import Slots, keep, numbers, use
 from trio_resilience import (
@@ -132,7 +132,11 @@ async def test_too_many_that_must_stay(form: str) -> None:
         async with keyed.hold("d"):
             pass
 
-    with subscribe(listener), assert_checkpoints(), pytest.raises(RejectedError) as caught:
+    with (
+        subscribe(within_calls(listener)),
+        assert_checkpoints(),
+        pytest.raises(RejectedError) as caught,
+    ):
         await try_d()
     assert isinstance(caught.value, BulkheadFullError)
     assert caught.value.args[:3] == ("hosts", 3, 4)

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.operations import Gauge, Stopwatch, fails, returns
+from tests.operations import Gauge, Stopwatch, fails, returns, within_calls
 from trio_resilience import (
     AttemptFinished,
     AttemptStarted,
@@ -189,7 +189,7 @@ async def test_all_of_a_call_is_bounded(autojump_clock: MockClock) -> None:
 async def test_a_cancellation_at_the_instant_of_all_limits_wins(autojump_clock: MockClock) -> None:
     """The caller's own; it is counted by no layer, told to nobody, and leaves nothing taken."""
     pipeline, heard = Pipeline.standard(timeout=10, attempt_timeout=10), list[Event]()
-    with trio.move_on_after(10) as scope, subscribe(heard.append):
+    with trio.move_on_after(10) as scope, subscribe(within_calls(heard.append)):
         await pipeline.call(trio.sleep_forever)
     assert scope.cancelled_caught
     total, retry, breaker, bulkhead, attempt = [layer.statistics() for layer in layers_of(pipeline)]

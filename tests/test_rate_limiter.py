@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.operations import Steps, Stopwatch, fails, returns
+from tests.operations import Steps, Stopwatch, fails, returns, within_calls
 from tests.test_events import Listener
 from trio_resilience import (
     Policy,
@@ -343,7 +343,7 @@ async def test_a_limiter_with_a_full_bucket_and_an_empty_line_is_idle(
 async def test_what_is_waited_for_is_told(autojump_clock: MockClock) -> None:
     """The start and the end of a wait, and refusals; nothing where nobody waits."""
     limiter, listener = RateLimiter(1, max_wait=1.25, name="api"), Listener()
-    with subscribe(listener):
+    with subscribe(within_calls(listener)):
         await limiter.acquire()
         assert listener.heard == []
         await limiter.call(returns, 1, name="load")

@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
-from tests.operations import fails, returns
+from tests.operations import fails, returns, within_calls
 from tests.test_semaphore import Visitors, counts
 from trio_resilience import (
     Event,
@@ -199,7 +199,7 @@ async def test_it_is_idle_when_a_new_one_would_do() -> None:
 async def test_events_tell_of_waits(autojump_clock: MockClock) -> None:
     """Only of waits, and each that starts ends; named after the call, or "acquire"."""
     semaphore, heard = Semaphore(1, name="files"), list[Event]()
-    with subscribe(heard.append):
+    with subscribe(within_calls(heard.append)):
         await semaphore.call(trio.sleep, 1)
         assert heard == []
         async with trio.open_nursery() as nursery:
