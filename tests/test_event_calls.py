@@ -127,7 +127,8 @@ async def test_a_cancellation(autojump_clock: MockClock, make: Callable[[], Poli
 @each_policy
 async def test_what_is_no_operation_is_no_call(make: Callable[[], Policy[Any]]) -> None:
     """It is refused before anything is told."""
-    calls, mistake = Calls(), Any
+    calls = Calls()
+    mistake: Any = "take"
     with subscribe(calls), pytest.raises(TypeError, match="must be an async function"):
         await make().call(mistake)
     assert calls.heard == []
