@@ -2,9 +2,8 @@
 
 Three known parts, none of which does it alone:
 
-- Buckets whose bounds grow by a constant factor give any quantile within a relative error of one
-  per cent, in a memory that the range of a float in seconds bounds: Masson, Rim and Lee, "DDSketch:
-  a fast and fully-mergeable quantile sketch with relative-error guarantees", PVLDB 12 (2019).
+- Buckets whose bounds grow by a constant factor (`_buckets`) give any quantile within a relative
+  error of one per cent, in a memory that their range bounds.
 - Each observation weighs a little more than the one before, so that what was learnt long ago comes
   to count for nothing, and no bucket is touched for it: Cormode et al., "Forward decay: a practical
   time decay model for streaming systems", ICDE 2009.
@@ -26,14 +25,11 @@ from typing import final
 
 import attrs
 
+from trio_resilience._algorithms._buckets import Buckets
 from trio_resilience._checks import integer, number, seconds
 
-_LOG_GROWTH = math.log(1.0099)
-"""Each bucket reaches almost one per cent further than the one before, to no round number."""
-
-_SHORTEST = 1e-6
-_LONGEST = 1e7
-"""Seconds; what lies beyond counts as these, which bounds the number of buckets to some 3,000."""
+_BUCKETS = Buckets(1.0099)
+"""Each reaches almost one per cent further than the one before, to no round number: some 3,000."""
 
 _MEMORY = 1000
 """Of so many observations, at least, the weight of the oldest is more than a third of the last."""
@@ -110,7 +106,7 @@ class LatencyEstimator:
 
     def observe(self, seconds: float, *, is_complete: bool) -> None:
         """Take account of an operation that took so long, or at least so long."""
-        bucket = _bucket_of(seconds)
+        bucket = _BUCKETS.bucket_of(seconds)
         weights = self._complete if is_complete else self._cut_short
         weights[bucket] = weights.get(bucket, 0.0) + self._weight
         self.samples += is_complete
@@ -126,7 +122,9 @@ class LatencyEstimator:
         if self.samples < self.wanted.min_samples:
             return self.wanted.initial
         if self._estimate is None or self._news >= _STRIDE:
-            self._estimate, self._news = _latency_of(self._bucket_reached()), 0
+            # Not the middle: where latencies hardly vary, almost all would be beyond their own
+            # quantile.
+            self._estimate, self._news = _BUCKETS.top_of(self._bucket_reached()), 0
         return self._estimate
 
     def anew(self) -> LatencyEstimator:
@@ -150,13 +148,3 @@ class LatencyEstimator:
     def _lightened(self, weights: dict[int, float]) -> dict[int, float]:
         lighter = {bucket: weight / self._weight for bucket, weight in weights.items()}
         return {bucket: weight for bucket, weight in lighter.items() if weight > _FORGOTTEN}
-
-
-def _bucket_of(seconds: float) -> int:
-    return math.floor(math.log(min(max(seconds, _SHORTEST), _LONGEST)) / _LOG_GROWTH) + 1
-
-
-def _latency_of(bucket: int) -> float:
-    """Return what all latencies of a bucket stay below, each by one per cent at the most."""
-    # Not the middle: where latencies hardly vary, almost all would be beyond their own quantile.
-    return math.exp(bucket * _LOG_GROWTH)

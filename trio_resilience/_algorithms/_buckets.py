@@ -1,0 +1,42 @@
+"""Sort latencies into buckets whose bounds grow by a constant factor.
+
+So any latency is known within a constant relative error, in a memory that depends on the range
+alone: Masson, Rim and Lee, "DDSketch: a fast and fully-mergeable quantile sketch with
+relative-error guarantees", PVLDB 12 (2019).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, final
+
+import attrs
+
+SHORTEST: Final = 1e-6
+LONGEST: Final = 1e7
+"""Seconds; what lies beyond counts as these, which bounds the number of buckets."""
+
+
+@final
+@attrs.frozen
+class Buckets:
+    """Buckets of which each reaches *growth* times as far as the one before."""
+
+    growth: float
+    _log_growth: float = attrs.field(
+        default=attrs.Factory(lambda self: math.log(self.growth), takes_self=True), init=False
+    )
+
+    def bucket_of(self, seconds: float) -> int:
+        """Return the bucket that a latency belongs to."""
+        if not SHORTEST <= seconds <= LONGEST:
+            seconds = SHORTEST if seconds < SHORTEST else LONGEST
+        return math.floor(math.log(seconds) / self._log_growth) + 1
+
+    def top_of(self, bucket: int) -> float:
+        """Return what all latencies of a bucket stay below."""
+        return math.exp(bucket * self._log_growth)
+
+    def middle_of(self, bucket: int) -> float:
+        """Return what no latency of a bucket is far from, seen from that latency."""
+        return self.top_of(bucket) * 2 / (1 + self.growth)
