@@ -25,6 +25,7 @@ from trio_resilience._cli._terminal import (
     UsageError,
     complain,
 )
+from trio_resilience._cli._top import run_top
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -206,6 +207,37 @@ def check(config: Path) -> int:
         A TOML file.
     """
     return run_check(config)
+
+
+@app.command
+async def top(
+    path_or_port: Annotated[str, Parameter(allow_leading_hyphen=False)],
+    /,
+    *,
+    interval: Seconds = 2.0,
+    once: bool = False,
+    json: bool = False,
+) -> int:
+    """Show what the policies of a running process do: state, rates, latencies, last failures.
+
+    The process has to serve its metrics, with serve_metrics. It is only read. A row is a policy
+    with all its operations; the counts are since the process began, the rates since the table
+    before. Ctrl-C ends it.
+
+    The exit status is 0, or 1 if the process is gone, or does not answer.
+
+    Parameters
+    ----------
+    path_or_port
+        Where: the path of a Unix socket, or a port of 127.0.0.1.
+    interval
+        Seconds from one table to the next.
+    once
+        Print one table, and end.
+    json
+        Print each snapshot as a line of JSON instead.
+    """
+    return await run_top(path_or_port, interval=interval, once=once, as_json=json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
