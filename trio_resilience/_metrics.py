@@ -166,9 +166,10 @@ def _failure(error: Exception, time: float) -> FailureRecord:
 
 
 def _ended(outcomes: _Outcomes, series: _Series, event: Any) -> None:
+    """Count what has not succeeded."""
     error = event.error
     if error is None:
-        sketch = outcomes.cancelled if event.cancelled else outcomes.succeeded
+        sketch = outcomes.cancelled
     elif isinstance(error, RejectedError):
         sketch = outcomes.refused
     else:
@@ -182,7 +183,10 @@ def _call_started(series: _Series, _event: Event) -> None:
 
 
 def _call_finished(series: _Series, event: events.CallFinished) -> None:
-    _ended(series.calls, series, event)
+    if event.error is None and not event.cancelled:
+        series.calls.succeeded.observe(event.duration)
+    else:
+        _ended(series.calls, series, event)
 
 
 def _operation_started(series: _Series, _event: Event) -> None:
@@ -190,7 +194,10 @@ def _operation_started(series: _Series, _event: Event) -> None:
 
 
 def _operation_finished(series: _Series, event: events.OperationFinished) -> None:
-    _ended(series.operations, series, event)
+    if event.error is None and not event.cancelled:
+        series.operations.succeeded.observe(event.duration)
+    else:
+        _ended(series.operations, series, event)
 
 
 def _attempt_started(series: _Series, _event: Event) -> None:
@@ -335,10 +342,16 @@ class Metrics:
 
     def __call__(self, event: Event) -> None:
         """Count an event."""
-        handle = _HANDLERS.get(type(event))
-        if handle is not None:
-            series = self._series.get((event.policy, event.operation))
-            handle(self._make_room(event) if series is None else series, event)
+        # The usual case needs no more than two looks.
+        try:
+            handle = _HANDLERS[type(event)]
+        except KeyError:
+            return
+        try:
+            series = self._series[event.policy, event.operation]
+        except KeyError:
+            series = self._make_room(event)
+        handle(series, event)
 
     def watch(self, policy: PolicyT) -> PolicyT:
         """Have the ``statistics()`` of *policy* in each snapshot, and return it.

@@ -7,7 +7,7 @@ relative-error guarantees", PVLDB 12 (2019).
 
 from __future__ import annotations
 
-import math
+from math import exp, floor, log
 from typing import Final, final
 
 import attrs
@@ -24,18 +24,18 @@ class Buckets:
 
     growth: float
     _log_growth: float = attrs.field(
-        default=attrs.Factory(lambda self: math.log(self.growth), takes_self=True), init=False
+        default=attrs.Factory(lambda self: log(self.growth), takes_self=True), init=False
     )
 
     def bucket_of(self, seconds: float) -> int:
         """Return the bucket that a latency belongs to."""
         if not SHORTEST <= seconds <= LONGEST:
             seconds = SHORTEST if seconds < SHORTEST else LONGEST
-        return math.floor(math.log(seconds) / self._log_growth) + 1
+        return floor(log(seconds) / self._log_growth) + 1
 
     def top_of(self, bucket: int) -> float:
         """Return what all latencies of a bucket stay below."""
-        return math.exp(bucket * self._log_growth)
+        return exp(bucket * self._log_growth)
 
     def middle_of(self, bucket: int) -> float:
         """Return what no latency of a bucket is far from, seen from that latency."""

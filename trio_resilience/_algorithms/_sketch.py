@@ -21,6 +21,8 @@ from trio_resilience._records import Record, record
 BUCKETS: Final = Buckets(1.04)
 """The middle of one is within two per cent of all that it holds."""
 
+_bucket_of = BUCKETS.bucket_of
+
 
 @final
 @record
@@ -80,7 +82,6 @@ def _known(*values: float | None) -> list[float]:
 class Sketch:
     """Latencies as they come."""
 
-    count: int = attrs.field(default=0, init=False)
     total: float = attrs.field(default=0.0, init=False)
     _shortest: float = attrs.field(default=math.inf, init=False)
     _longest: float = attrs.field(default=-math.inf, init=False)
@@ -91,13 +92,12 @@ class Sketch:
 
     def observe(self, seconds: float) -> None:
         """Take account of a latency."""
-        self.count += 1
         self.total += seconds
         if seconds < self._shortest:  # noqa: PLR1730 - `min` takes twice as long
             self._shortest = seconds
         if seconds > self._longest:  # noqa: PLR1730 - likewise
             self._longest = seconds
-        place = BUCKETS.bucket_of(seconds) - self._first
+        place = _bucket_of(seconds) - self._first
         if not 0 <= place < len(self._counts):
             place = self._make_room(place)
         try:
@@ -108,11 +108,11 @@ class Sketch:
 
     def snapshot(self) -> LatencySnapshot:
         """Return what it has come to."""
-        if not self.count:
+        if not self._counts:
             return LatencySnapshot()
         counts = enumerate(self._counts, self._first)
         return LatencySnapshot(
-            count=self.count,
+            count=sum(self._counts),
             total=self.total,
             shortest=self._shortest,
             longest=self._longest,
