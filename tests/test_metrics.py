@@ -343,6 +343,7 @@ def test_what_is_watched_is_not_kept_alive() -> None:
     metrics = Metrics()
     metrics.watch(Bulkhead(1))
     kept = metrics.watch(Bulkhead(2, name="kept"))
+    metrics.watch(Bulkhead(3))
     assert [each.policy for each in metrics.snapshot().policies] == [kept.name]
 
 
@@ -513,5 +514,6 @@ def test_buckets_that_do_not_add_up_are_refused() -> None:
 
 
 def test_a_later_version_may_say_more() -> None:
-    """What is not known is left out."""
+    """What is not known is left out; and other writers of JSON have no point in whole numbers."""
     assert MetricsSnapshot.from_dict(_spoilt(weather="fine")).as_dict() == GOOD
+    assert MetricsSnapshot.from_dict(_spoilt(time=3)).time == 3.0
