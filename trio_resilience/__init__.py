@@ -13,6 +13,7 @@ _HOMES = {
     "_algorithms._backoff": "Constant Decorrelated Exponential Fibonacci Linear",
     "_algorithms._budget": "RetryBudget RetryBudgetStatistics",
     "_algorithms._quantile": "Quantile",
+    "_algorithms._sketch": "LatencySnapshot",
     "_batching": "Batcher BatcherStatistics Batches batched open_batcher",
     "_bulkhead": "Bulkhead BulkheadStatistics",
     "_circuit_breaker": "CircuitBreaker CircuitBreakerStatistics",
@@ -40,11 +41,17 @@ _HOMES = {
     "_health_monitor": "HealthMonitor",
     "_hedge": "Hedge HedgeStatistics",
     "_keyed": "Keyed KeyedStatistics",
+    "_metrics": "Metrics",
     "_pipeline": "Pipeline PipelineStatistics",
     "_rate_limiter": "CombinedRateLimiter RateLimiter RateLimiterStatistics",
     "_registry": "RegisteredPolicy Registry RegistryStatistics",
     "_retry": "Attempt Retry RetryResult RetryStatistics run_with_retry",
     "_semaphore": "Semaphore SemaphoreStatistics",
+    "_serving": "serve_metrics",
+    "_snapshots": (
+        "AttemptsSnapshot BatchesSnapshot CircuitSnapshot MetricsSnapshot OutcomesSnapshot "
+        "PolicySnapshot SeriesSnapshot WaitsSnapshot"
+    ),
     "_timeout": "Timeout TimeoutStatistics",
 }
 
@@ -65,6 +72,9 @@ if TYPE_CHECKING:
     )
     from trio_resilience._algorithms._quantile import (
         Quantile as Quantile,
+    )
+    from trio_resilience._algorithms._sketch import (
+        LatencySnapshot as LatencySnapshot,
     )
     from trio_resilience._batching import (
         Batcher as Batcher,
@@ -163,6 +173,9 @@ if TYPE_CHECKING:
         Keyed as Keyed,
         KeyedStatistics as KeyedStatistics,
     )
+    from trio_resilience._metrics import (
+        Metrics as Metrics,
+    )
     from trio_resilience._pipeline import (
         Pipeline as Pipeline,
         PipelineStatistics as PipelineStatistics,
@@ -187,6 +200,19 @@ if TYPE_CHECKING:
     from trio_resilience._semaphore import (
         Semaphore as Semaphore,
         SemaphoreStatistics as SemaphoreStatistics,
+    )
+    from trio_resilience._serving import (
+        serve_metrics as serve_metrics,
+    )
+    from trio_resilience._snapshots import (
+        AttemptsSnapshot as AttemptsSnapshot,
+        BatchesSnapshot as BatchesSnapshot,
+        CircuitSnapshot as CircuitSnapshot,
+        MetricsSnapshot as MetricsSnapshot,
+        OutcomesSnapshot as OutcomesSnapshot,
+        PolicySnapshot as PolicySnapshot,
+        SeriesSnapshot as SeriesSnapshot,
+        WaitsSnapshot as WaitsSnapshot,
     )
     from trio_resilience._timeout import (
         Timeout as Timeout,
