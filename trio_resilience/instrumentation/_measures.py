@@ -10,6 +10,7 @@ import attrs
 from trio_resilience import (
     AttemptFinished,
     BatchFlushed,
+    CallFinished,
     CircuitStateChanged,
     ConfigReloaded,
     ConfigReloadFailed,
@@ -27,7 +28,6 @@ from trio_resilience import (
     WaitFinished,
 )
 from trio_resilience._checks import integer
-from trio_resilience._events import CallFinished
 from trio_resilience._records import Record, record
 from trio_resilience.instrumentation._words import outcome, text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Container, Iterator
 from enum import Enum
@@ -33,6 +34,9 @@ Word = str | bool | int | float
 
 MAX_LENGTH: Final = 200
 _LARGEST: Final = 2**63 - 1
+
+RECORD_NAMES: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "event"})
+"""What a log record takes for itself, and what says which event it is of."""
 
 # What an operation returns is the application's own, and may be secret.
 _UNTOLD: Final = frozenset({"result"})

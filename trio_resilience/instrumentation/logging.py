@@ -8,12 +8,9 @@ from typing import Final, final
 import attrs
 
 from trio_resilience import Event
-from trio_resilience.instrumentation._words import event_name, fields, level
+from trio_resilience.instrumentation._words import RECORD_NAMES, event_name, fields, level
 
 _LEVELS: Final = logging.getLevelNamesMapping()
-
-# `logging` refuses an `extra` of these names.
-_RESERVED: Final = {*vars(logging.makeLogRecord({})), "message", "asctime", "event"}
 
 
 def _own_logger() -> logging.Logger:
@@ -48,7 +45,7 @@ class LoggingListener:
             return
         number = _LEVELS[level(event).upper()]
         if self.logger.isEnabledFor(number):
-            name, said = event_name(event), fields(event, _RESERVED)
+            name, said = event_name(event), fields(event, RECORD_NAMES)
             # Names are shown as Python writes strings, so that none can forge a line of the log.
             words = " ".join(f"{key}={value!r}" for key, value in said.items())
             self.logger.log(number, "%s: %s", name, words, extra={**said, "event": name})

@@ -23,6 +23,8 @@ from trio_resilience import (
     AttemptFinished,
     AttemptStarted,
     BatchFlushed,
+    CallFinished,
+    CallStarted,
     CircuitState,
     CircuitStateChanged,
     Event,
@@ -37,7 +39,6 @@ from trio_resilience import (
     RetryScheduled,
     TimedOut,
 )
-from trio_resilience._events import CallFinished, CallStarted
 from trio_resilience.instrumentation._measures import (
     BUCKETS,
     CIRCUIT_STATE,
@@ -243,24 +244,19 @@ class _Tracing:
     # --- operations of bounded concurrency ---
 
     def _running_here(self) -> _Running | None:
-        if not self._running:
-            return None
-        try:
-            return self._running.get(trio.lowlevel.current_task())
-        except RuntimeError:
-            return None
+        task = _current_task() if self._running else None
+        return None if task is None else self._running.get(task)
 
     def _start_operation(self, event: OperationStarted) -> None:
-        name = f"{text(event.policy)} {text(event.operation)}"
+        name, task = f"{text(event.policy)} {text(event.operation)}", _current_task()
         span = self.tracer.start_span(name, attributes=_attributes(event))
-        if span.get_span_context().is_valid:
-            running = _Running(event.index, span, trace.get_current_span())
-            self._running[trio.lowlevel.current_task()] = running
+        if task is not None and span.get_span_context().is_valid:
+            self._running[task] = _Running(event.index, span, trace.get_current_span())
 
     def _end_operation(self, event: OperationFinished) -> None:
-        running = self._running_here()
-        if running is not None and running.index == event.index:
-            del self._running[trio.lowlevel.current_task()]
+        task, running = _current_task(), self._running_here()
+        if task is not None and running is not None and running.index == event.index:
+            del self._running[task]
             _end(running.span, event)
 
     # --- marks ---
@@ -277,6 +273,10 @@ class _Tracing:
             return found
         running = self._running_here()
         return trace.get_current_span() if running is None else running.span
+
+
+def _current_task() -> trio.lowlevel.Task | None:
+    return trio.lowlevel.current_task() if trio.lowlevel.in_trio_task() else None
 
 
 def _key(event: Event, *kind: object) -> tuple[object, ...]:

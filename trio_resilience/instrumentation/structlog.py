@@ -8,12 +8,12 @@ import attrs
 import structlog
 
 from trio_resilience import Event
-from trio_resilience.instrumentation._words import event_name, fields, level
+from trio_resilience.instrumentation._words import RECORD_NAMES, event_name, fields, level
 
-# What loggers and the usual processors take for themselves.
-_RESERVED: Final = {
-    *("self", "event", "level", "logger", "logger_name", "timestamp", "method_name"),
-    *("exc_info", "exception", "stack", "stack_info", "stacklevel"),
+# What the usual processors take for themselves, and loggers: also those that hand on to `logging`.
+_RESERVED: Final = RECORD_NAMES | {
+    *("self", "level", "logger", "logger_name", "timestamp", "method_name"),
+    *("exception", "stack", "stacklevel"),
 }
 
 
