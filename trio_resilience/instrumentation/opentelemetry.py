@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from itertools import takewhile
 from typing import Any, Final, final
 from weakref import WeakKeyDictionary
 
@@ -220,12 +221,11 @@ class _Tracing:
 
     def _leave(self, scope: _Scope) -> None:
         """End *scope*, and what began within it here and has not told of its end."""
-        for inner in self._chain():
-            if inner.span is not None and inner is not scope and inner.is_open:
+        for inner in takewhile(lambda each: each is not scope, self._chain()):
+            if inner.span is not None and inner.is_open:
                 inner.span.end()
             inner.is_open = False
-            if inner is scope:
-                break
+        scope.is_open = False
         self._innermost.set(scope.outer)
 
     def _chain(self) -> Iterator[_Scope]:
