@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
+from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -441,6 +444,43 @@ def test_what_never_told_of_its_end_ends_with_what_is_around_it(traced: Traced) 
     assert traced.tree() == ["load", "load > load attempt"]
     traced.listener(happened(AttemptFinished, attempt=1, **ended()))
     assert len(traced.spans) == 2
+
+
+def test_what_ends_in_another_context_ends_once(traced: Traced) -> None:
+    """An attempt of a block within an async generator, for instance; in either order."""
+    traced.listener(happened(CallStarted))
+    traced.listener(happened(AttemptStarted, attempt=1))
+    contexts = [copy_context(), copy_context()]
+    attempt_finished = happened(AttemptFinished, attempt=1, **ended())
+    contexts[0].run(traced.listener, attempt_finished)
+    assert [span.name for span in traced.spans] == ["load attempt"]
+    traced.listener(happened(CallFinished, **ended()))
+    contexts[1].run(traced.listener, attempt_finished)
+    assert traced.tree() == ["load", "load > load attempt"]
+    current = contexts[1].run(trace.get_current_span)
+    assert current.get_span_context() == traced.named("load")[0].context
+
+
+def test_what_began_in_one_task_does_not_end_in_another(traced: Traced) -> None:
+    """Though that has a copy of its context."""
+    traced.listener(happened(CallStarted))
+    traced.listener(happened(CallFinished, task="other", **ended()))
+    assert traced.spans == []
+    traced.listener(happened(CallFinished, **ended()))
+    assert len(traced.spans) == 1
+
+
+async def test_a_task_whose_operation_never_ends_is_not_kept(traced: Traced) -> None:
+    tasks: list[weakref.ref[trio.lowlevel.Task]] = []
+
+    async def in_task() -> None:
+        traced.listener(happened(OperationStarted, index=0))
+        tasks.append(weakref.ref(trio.lowlevel.current_task()))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(in_task)
+    gc.collect()
+    assert tasks[0]() is None
 
 
 async def test_operations_outside_of_their_tasks(traced: Traced) -> None:

@@ -191,10 +191,9 @@ class _Tracing:
 
     def _parent(self, around: otel_context.Context) -> otel_context.Context:
         running = self._running_here()
-        if running is None or any(scope.running is running for scope in self._chain()):
-            return around
-        # The first span within an operation. One that the operation itself has opened is nearer.
-        if trace.get_current_span(around) is not running.around:
+        # Within an operation, the first span is its. What has begun there since is nearer, be it
+        # ours or the operation's own.
+        if running is None or trace.get_current_span(around) is not running.around:
             return around
         return trace.set_span_in_context(running.span, around)
 
@@ -214,10 +213,12 @@ class _Tracing:
         scope = next((scope for scope in self._chain() if scope.key == key), None)
         if scope is None:
             return  # it began where this listener was not, or where nobody traced
+        was_open = scope.is_open
         self._leave(scope)
         if scope.span is not None and scope.around is not None:
             otel_context.attach(scope.around)
-            _end(scope.span, event)
+            if was_open:  # or else it has ended in another context
+                _end(scope.span, event)
 
     def _leave(self, scope: _Scope) -> None:
         """End *scope*, and what began within it here and has not told of its end."""
