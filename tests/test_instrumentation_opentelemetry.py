@@ -439,10 +439,12 @@ def test_an_end_without_a_start_is_nothing(traced: Traced) -> None:
 def test_what_never_told_of_its_end_ends_with_what_is_around_it(traced: Traced) -> None:
     traced.listener(happened(CallStarted))
     traced.listener(happened(AttemptStarted, attempt=1))
+    elsewhere = copy_context()
     traced.listener(happened(CallFinished, **ended(REFUSED)))
     assert trace.get_current_span() is trace.INVALID_SPAN
     assert traced.tree() == ["load", "load > load attempt"]
-    traced.listener(happened(AttemptFinished, attempt=1, **ended()))
+    for run in (copy_context().run, elsewhere.run):
+        run(traced.listener, happened(AttemptFinished, attempt=1, **ended()))
     assert len(traced.spans) == 2
 
 
