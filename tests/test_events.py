@@ -31,7 +31,7 @@ from trio_resilience import (
     run_with_limit,
     subscribe,
 )
-from trio_resilience import _events as internals
+from trio_resilience._engine import _report as internals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

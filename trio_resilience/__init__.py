@@ -29,12 +29,13 @@ _HOMES = {
         "ProbeFailedError RateLimitExceededError RejectedError ResilienceError "
         "RetriesExhaustedError"
     ),
+    "_engine._report": "subscribe",
     "_events": (
         "AttemptFinished AttemptStarted BatchFlushed CallFinished CallStarted CircuitState "
         "CircuitStateChanged ConfigReloadFailed ConfigReloaded Event FallbackUsed "
         "HealthChanged HealthChecked HealthStatus HedgeStarted LoserFailed OperationFinished "
         "OperationStarted Rejected RejectionSkipped RetryGaveUp RetryScheduled TimedOut "
-        "WaitFinished WaitStarted subscribe"
+        "WaitFinished WaitStarted"
     ),
     "_fallback": "Fallback FallbackStatistics",
     "_health": "HealthCheck HealthReport ServiceHealth check_health",
@@ -124,6 +125,7 @@ if TYPE_CHECKING:
         ResilienceError as ResilienceError,
         RetriesExhaustedError as RetriesExhaustedError,
     )
+    from trio_resilience._engine._report import subscribe as subscribe
     from trio_resilience._events import (
         AttemptFinished as AttemptFinished,
         AttemptStarted as AttemptStarted,
@@ -150,7 +152,6 @@ if TYPE_CHECKING:
         TimedOut as TimedOut,
         WaitFinished as WaitFinished,
         WaitStarted as WaitStarted,
-        subscribe as subscribe,
     )
     from trio_resilience._fallback import (
         Fallback as Fallback,

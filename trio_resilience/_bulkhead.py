@@ -13,11 +13,11 @@ from trio_resilience._checks import integer, label, operation, seconds
 from trio_resilience._engine._driver import run_unprotected
 from trio_resilience._engine._permits import OpenBlocks, Permits, caller
 from trio_resilience._engine._policy import LivePolicy, open_overrides, overrides
-from trio_resilience._engine._report import report
+from trio_resilience._engine._report import open_subscriptions, report
 from trio_resilience._engine._waiting import Waiting
 from trio_resilience._engine._watched import Watched, watched
 from trio_resilience._errors import BulkheadFullError
-from trio_resilience._events import Rejected, open_subscriptions
+from trio_resilience._events import Rejected
 from trio_resilience._records import Record, record
 from trio_resilience._semaphore import Semaphore, permits_of
 

@@ -177,6 +177,8 @@ def check_awaitable(fn: object, value: object) -> None:
 
 def label(fn: object) -> str:
     """Return the name by which a user knows *fn*."""
+    if type(fn) is types.FunctionType:  # the usual case, told in one step
+        return fn.__qualname__
     while isinstance(fn, functools.partial):
         fn = fn.func
     name = getattr(fn, "__qualname__", None)

@@ -20,6 +20,7 @@ from trio_resilience._algorithms._window import CallWindow, TimeWindow, Window
 from trio_resilience._checks import (
     flag,
     integer,
+    label,
     number,
     operation,
     seconds,
@@ -37,9 +38,15 @@ from trio_resilience._engine._circuit import (
 from trio_resilience._engine._driver import run_unprotected
 from trio_resilience._engine._guard import CircuitGuard, CircuitIsolation
 from trio_resilience._engine._policy import LivePolicy, open_overrides, overrides
+from trio_resilience._engine._report import (
+    call_failed,
+    call_started,
+    call_succeeded,
+    open_subscriptions,
+)
 from trio_resilience._engine._watched import Watched, watched
 from trio_resilience._errors import FailureRecord
-from trio_resilience._events import CircuitState, open_subscriptions
+from trio_resilience._events import CircuitState
 from trio_resilience._records import Record, record
 
 T = TypeVar("T")
@@ -362,12 +369,10 @@ class CircuitBreaker(LivePolicy[Never]):
         return live.state is not ISOLATED and not live.retry_after and not live.is_busy
 
     @enable_ki_protection
-    async def call(  # noqa: C901, PLR0912 - the hot path: no call of ours that can be spared
+    async def call(  # noqa: C901, PLR0912, PLR0915 - the hot path: no call that can be spared
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of ``fn(*args)``, or refuse the call; a checkpoint if that is one."""
-        if open_subscriptions and type(name) is not Watched:
-            return await watched(self, self.call, fn, args, name)
         runs = self._here().runs if open_overrides else self._circuit.runs
         run = runs.state if runs.token is current_trio_token() else runs.get()
         rule = run.rule
@@ -376,11 +381,19 @@ class CircuitBreaker(LivePolicy[Never]):
         if rule.state is CLOSED:
             ticket, is_plain = rule.generation, self._is_plain
         else:
+            if open_subscriptions and type(name) is not Watched:
+                return await watched(self, self.call, fn, args, name)
             if not is_coroutine_function:
                 operation("fn", fn)
             is_plain = False
             ticket = await self._judge.admit(run, fn if name is None else name)
-        began = run.now() if self._is_timed else 0.0
+        where = None
+        if open_subscriptions and type(name) is not Watched:
+            if not is_coroutine_function:
+                operation("fn", fn)
+            where = self.name, label(fn) if name is None else name
+            call_started(where)
+        began = run.now() if self._is_timed or where is not None else 0.0
         run.in_flight += 1
         try:
             if self.cancel_in_flight and self.enforce:
@@ -392,9 +405,13 @@ class CircuitBreaker(LivePolicy[Never]):
         except Exception as error:
             run.leave(ticket)
             self._judge.raised(run, ticket, error, began, fn if name is None else name)
+            if where is not None:
+                call_failed(where, run.now() - began, error)
             raise
-        except BaseException:
+        except BaseException as error:
             run.leave(ticket)
+            if where is not None:
+                call_failed(where, run.now() - began, error)
             raise
         if is_plain and ticket == rule.generation and not rule.consecutive:
             # The usual case, in which a success changes little.
@@ -409,9 +426,11 @@ class CircuitBreaker(LivePolicy[Never]):
                 rule.succeeded(ticket, run.now(), self._judge.pace)
                 if rule.changes:
                     self._judge.announce(run, name_of(fn if name is None else name))
-            return result
-        run.leave(ticket)
-        self._judge.returned(run, ticket, result, began, fn if name is None else name)
+        else:
+            run.leave(ticket)
+            self._judge.returned(run, ticket, result, began, fn if name is None else name)
+        if where is not None:
+            call_succeeded(where, run.now() - began)
         return result
 
     def guard(self, name: str | None = None) -> CircuitGuard:

@@ -1,20 +1,12 @@
-"""Say what happened, to whoever listens; build nothing and call nobody when no one does."""
+"""What may happen, and be told: a frozen record for each kind of thing."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from contextvars import ContextVar
 from enum import StrEnum
-from typing import TYPE_CHECKING, final
+from typing import final
 
-import attrs
-
-from trio_resilience._checks import sync_callback
 from trio_resilience._errors import FailureRecord
 from trio_resilience._records import Record, keyword_record
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
 
 
 @keyword_record
@@ -278,66 +270,3 @@ class ConfigReloadFailed(Event):
 
     error: Exception
     """A `ConfigError`, which tells all of them."""
-
-
-@final
-@attrs.define(eq=False, repr=False)
-class Subscription:
-    """A listener and the block that it listens for."""
-
-    listener: Callable[[Event], object]
-    is_open: bool = True
-    has_raised: bool = False
-
-    def tell(self, event: Event) -> None:
-        """Pass the event on; a listener that raises is reported once and changes nothing."""
-        try:
-            self.listener(event)
-        except Exception:
-            if not self.has_raised:
-                import logging  # noqa: PLC0415 - seldom needed, and dear to import for everybody
-
-                self.has_raised = True
-                logging.getLogger("trio_resilience").exception(
-                    "listener %r raised; its further errors are not reported", self.listener
-                )
-
-
-# Every block that is open anywhere in the process. While it is empty, nobody can be listening, and
-# the test for that is one look at a set: a context variable costs ten times as much.
-open_subscriptions: set[Subscription] = set()
-
-_subscriptions: ContextVar[tuple[Subscription, ...]] = ContextVar("subscriptions", default=())
-
-
-@contextmanager
-def subscribe(listener: Callable[[Event], object]) -> Generator[None]:
-    """Call *listener* with every event that this block causes, also in tasks it starts.
-
-    The listener is called in the task where the event happens, at once, in order; it must be a
-    plain function and return quickly. It hears nothing once the block has ended. If it raises,
-    that is reported once through `logging` and changes nothing else. To listen to a whole
-    program, wrap `trio.run`::
-
-        with subscribe(print):
-            trio.run(main)
-    """
-    sync_callback("listener", listener)
-    subscription = Subscription(listener)
-    _subscriptions.set((*_subscriptions.get(), subscription))
-    open_subscriptions.add(subscription)
-    try:
-        yield
-    finally:
-        open_subscriptions.discard(subscription)
-        subscription.is_open = False
-        # No token is reset: a fixture's teardown runs in another context than its setup.
-        others = (other for other in _subscriptions.get() if other is not subscription)
-        _subscriptions.set(tuple(others))
-
-
-def current_subscriptions() -> list[Subscription]:
-    """Return who listens to what happens in this context; mostly nobody."""
-    if not open_subscriptions:
-        return []
-    return [subscription for subscription in _subscriptions.get() if subscription.is_open]

@@ -12,11 +12,11 @@ from trio_resilience._checks import NotAnOperationError, label, operation, shown
 from trio_resilience._classify import Classifier, ErrorMatch
 from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._policy import Policy, open_overrides, overrides
-from trio_resilience._engine._report import report
+from trio_resilience._engine._report import open_subscriptions, report
 from trio_resilience._engine._traceback import add_note_once
 from trio_resilience._engine._watched import Watched, watched
 from trio_resilience._errors import CallAbandonedError
-from trio_resilience._events import FallbackUsed, open_subscriptions
+from trio_resilience._events import FallbackUsed
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:

@@ -298,7 +298,8 @@ class _Visit:
         except NotAnOperationError:
             raise
         except Exception as error:  # noqa: BLE001 - to report what a probe raises is what it is for
-            failure, is_refused = failure_of(error), _is_refusal(error)
+            failure = failure_of(error, trio.current_time())
+            is_refused = _is_refusal(error)
         response_time = trio.current_time() - began
         # What a probe comes to while it is being cancelled says nothing about its service.
         await trio.lowlevel.checkpoint_if_cancelled()

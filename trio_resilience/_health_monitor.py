@@ -14,10 +14,11 @@ from trio.lowlevel import TrioToken, enable_ki_protection
 from trio_resilience._algorithms._gcra import resolution
 from trio_resilience._checks import seconds, sync_callback
 from trio_resilience._engine._policy import runs_here
+from trio_resilience._engine._report import Subscription
 from trio_resilience._engine._report import report as tell
 from trio_resilience._engine._run import RunState
 from trio_resilience._errors import OperationsCancelledError
-from trio_resilience._events import HealthChanged, Subscription
+from trio_resilience._events import HealthChanged
 from trio_resilience._health import (
     UNHEALTHY,
     HealthCheck,

@@ -24,10 +24,10 @@ from trio_resilience._checks import (
 from trio_resilience._classify import Classifier, ErrorMatch, transient
 from trio_resilience._engine._policy import Policy, open_overrides, overrides
 from trio_resilience._engine._race import Leg, Race
-from trio_resilience._engine._report import report
+from trio_resilience._engine._report import Subscription, open_subscriptions, report
 from trio_resilience._engine._traceback import add_note_once
 from trio_resilience._engine._watched import Watched, watched
-from trio_resilience._events import HedgeStarted, LoserFailed, Subscription, open_subscriptions
+from trio_resilience._events import HedgeStarted, LoserFailed
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:

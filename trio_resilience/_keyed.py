@@ -13,11 +13,11 @@ from trio.lowlevel import disable_ki_protection, enable_ki_protection
 
 from trio_resilience._checks import integer, label, operation, seconds, sync_callback
 from trio_resilience._engine._policy import LivePolicy, Policy, open_overrides, overrides
-from trio_resilience._engine._report import report
+from trio_resilience._engine._report import open_subscriptions, report
 from trio_resilience._engine._shelves import IDLE, STAYS, Shelves
 from trio_resilience._engine._watched import Watched, plain, watched
 from trio_resilience._errors import BulkheadFullError
-from trio_resilience._events import Rejected, open_subscriptions
+from trio_resilience._events import Rejected
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:

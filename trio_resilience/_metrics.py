@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter as Counts
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, TypeVar, cast, final
 from weakref import ref
 
 import attrs
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from trio_resilience import _events as events
 from trio_resilience._algorithms._distinct import DistinctCounter
-from trio_resilience._algorithms._sketch import Sketch
+from trio_resilience._algorithms._sketch import AT_ONCE, Sketch
 from trio_resilience._checks import integer
+from trio_resilience._engine._circuit import failure_of
 from trio_resilience._engine._policy import Policy
+from trio_resilience._engine._report import Counter, Ledger, Ledgers, Reporter
 from trio_resilience._errors import FailureRecord, RejectedError
 from trio_resilience._events import CircuitState, Event
 from trio_resilience._pipeline import Pipeline
@@ -34,8 +38,6 @@ from trio_resilience._snapshots import (
 PolicyT = TypeVar("PolicyT", bound=Policy[Any])
 
 OTHERS: Final = "(others)"
-
-_MESSAGE_LENGTH: Final = 200
 
 
 def _max_series(value: int) -> int:
@@ -77,7 +79,7 @@ class _Circuit:
 
     last: events.CircuitStateChanged | None = None
     """No error, task or result hangs on it."""
-    transitions: Counter[CircuitState] = attrs.field(factory=Counter[CircuitState], init=False)
+    transitions: Counts[CircuitState] = attrs.field(factory=Counts[CircuitState], init=False)
 
 
 @final
@@ -89,6 +91,10 @@ class _Series:
     """The policy's, whatever the operation."""
     calls: _Outcomes = attrs.field(factory=_Outcomes, init=False)
     operations: _Outcomes = attrs.field(factory=_Outcomes, init=False)
+    only_attempts: int = 0
+    """Attempts that have started together with their call, and are not counted elsewhere yet."""
+    only_attempts_succeeded: list[float] = attrs.field(factory=list[float], init=False)
+    """Seconds that such calls took which have succeeded; likewise."""
     attempts: int = 0
     attempts_succeeded: int = 0
     attempts_failed: int = 0
@@ -112,7 +118,38 @@ class _Series:
     batch_seconds: Sketch = attrs.field(factory=Sketch, init=False)
     last_failure: FailureRecord | None = None
 
+    # This, as a ledger, is what most calls wait for.
+
+    @enable_ki_protection
+    def call_started(self) -> None:
+        self.calls.started += 1
+
+    @enable_ki_protection
+    def call_succeeded(self, duration: float) -> None:
+        self.calls.succeeded.observe(duration)
+
+    @enable_ki_protection
+    def only_attempt_started(self) -> None:
+        self.only_attempts += 1
+
+    @enable_ki_protection
+    def only_attempt_succeeded(self, duration: float) -> None:
+        pending = self.only_attempts_succeeded
+        pending.append(duration)
+        if len(pending) >= AT_ONCE:
+            self.add_up()
+
+    def add_up(self) -> None:
+        """Let calls with an only attempt be calls and attempts."""
+        durations, self.only_attempts_succeeded = self.only_attempts_succeeded, []
+        self.attempts_succeeded += len(durations)
+        self.calls.succeeded.observe_all(durations)
+        self.calls.started += self.only_attempts
+        self.attempts += self.only_attempts
+        self.only_attempts = 0
+
     def snapshot(self, policy: str, operation: str) -> SeriesSnapshot:
+        self.add_up()
         return SeriesSnapshot(
             policy=policy,
             operation=operation,
@@ -149,32 +186,18 @@ class _Series:
         )
 
 
-def _failure(error: Exception, time: float) -> FailureRecord:
-    try:
-        text = str(error)
-    except Exception:  # noqa: BLE001 - whatever a foreign class raises, its failure is one
-        text = "(its text can't be read)"
-    if len(text) > _MESSAGE_LENGTH:
-        text = f"{text[:_MESSAGE_LENGTH]}..."
-    return FailureRecord(type(error).__name__, text, time)
-
-
 # --- how events are counted ---------------------------------------------------------------------
-
-# This is what every call of every policy waits for: each function adds to few numbers, and calls
-# as little as possible.
 
 
 def _ended(outcomes: _Outcomes, series: _Series, event: Any) -> None:
-    """Count what has not succeeded."""
     error = event.error
     if error is None:
-        sketch = outcomes.cancelled
+        sketch = outcomes.cancelled if event.cancelled else outcomes.succeeded
     elif isinstance(error, RejectedError):
         sketch = outcomes.refused
     else:
         sketch = outcomes.failed
-        series.last_failure = _failure(error, event.time)
+        series.last_failure = failure_of(error, event.time)
     sketch.observe(event.duration)
 
 
@@ -183,10 +206,7 @@ def _call_started(series: _Series, _event: Event) -> None:
 
 
 def _call_finished(series: _Series, event: events.CallFinished) -> None:
-    if event.error is None and not event.cancelled:
-        series.calls.succeeded.observe(event.duration)
-    else:
-        _ended(series.calls, series, event)
+    _ended(series.calls, series, event)
 
 
 def _operation_started(series: _Series, _event: Event) -> None:
@@ -194,10 +214,7 @@ def _operation_started(series: _Series, _event: Event) -> None:
 
 
 def _operation_finished(series: _Series, event: events.OperationFinished) -> None:
-    if event.error is None and not event.cancelled:
-        series.operations.succeeded.observe(event.duration)
-    else:
-        _ended(series.operations, series, event)
+    _ended(series.operations, series, event)
 
 
 def _attempt_started(series: _Series, _event: Event) -> None:
@@ -215,7 +232,7 @@ def _attempt_finished(series: _Series, event: events.AttemptFinished) -> None:
         series.attempts_refused += 1
     else:
         series.attempts_failed += 1
-        series.last_failure = _failure(error, event.time)
+        series.last_failure = failure_of(error, event.time)
 
 
 def _retry_scheduled(series: _Series, _event: Event) -> None:
@@ -264,7 +281,7 @@ def _batch_flushed(series: _Series, event: events.BatchFlushed) -> None:
     series.batch_seconds.observe(event.duration)
     if event.error is not None:
         series.batches_failed += 1
-        series.last_failure = _failure(event.error, event.time)
+        series.last_failure = failure_of(event.error, event.time)
     elif event.cancelled:
         series.batches_cancelled += 1
 
@@ -302,8 +319,55 @@ _HANDLERS: Final[Mapping[type[Event], Callable[[_Series, Any], None]]] = {
 
 
 @final
+class _AllSeries(dict[tuple[str, str], _Series]):
+    """The series of each policy and operation, of which there is a bounded number."""
+
+    def __init__(self, max_series: int, max_policies: int) -> None:
+        super().__init__()
+        self.circuits: dict[str, _Circuit] = {}
+        """One for each policy; of most, it has nothing to tell."""
+        self.apart = 0
+        """How many of the series are those of a single operation."""
+        self.merged = DistinctCounter()
+        self.merged_events = 0
+        self._max_series = max_series
+        self._max_policies = max_policies
+
+    def __missing__(self, where: tuple[str, str]) -> Ledger:
+        """Make a series, if there is room for it; else events tell what happens."""
+        return self._add(where) if self._place_of(where) == where else Reporter(*where)
+
+    def series(self, policy: str, operation: str) -> _Series:
+        """Return where an event of this operation is counted."""
+        where = policy, operation
+        series = self.get(where)
+        if series is None:
+            place = self._place_of(where)
+            if place != where:
+                self.merged.add(where)
+                self.merged_events += 1
+            series = self.get(place) or self._add(place)
+        return series
+
+    def _place_of(self, where: tuple[str, str]) -> tuple[str, str]:
+        """Return its own place for what is new, or the one for all that has none."""
+        policy, _ = where
+        if policy not in self.circuits and len(self.circuits) >= self._max_policies:
+            return OTHERS, OTHERS
+        return (policy, OTHERS) if self.apart >= self._max_series else where
+
+    def _add(self, where: tuple[str, str]) -> _Series:
+        policy, operation = where
+        # What is merged says nothing about the circuit of any of its policies.
+        circuit = _Circuit() if policy is OTHERS else self.circuits.setdefault(policy, _Circuit())
+        self.apart += operation is not OTHERS
+        series = self[where] = _Series(circuit)
+        return series
+
+
+@final
 @attrs.define(eq=False, repr=False)
-class Metrics:
+class Metrics(Counter):
     """Counts what happens to calls, by policy and operation; `snapshot` says what it has come to.
 
     It is a listener: `subscribe` it around what is to be counted. However long that runs, and
@@ -326,32 +390,24 @@ class Metrics:
 
     max_series: int = attrs.field(default=1000, kw_only=True, converter=_max_series)
     max_policies: int = attrs.field(default=100, kw_only=True, converter=_max_policies)
-    _series: dict[tuple[str, str], _Series] = attrs.field(
-        factory=dict[tuple[str, str], _Series], init=False
-    )
-    _circuits: dict[str, _Circuit] = attrs.field(factory=dict[str, _Circuit], init=False)
-    """One for each policy; of most, it has nothing to tell."""
-    _apart: int = attrs.field(default=0, init=False)
-    """How many of the series are those of a single operation."""
-    _merged: DistinctCounter = attrs.field(factory=DistinctCounter, init=False)
-    _merged_events: int = attrs.field(default=0, init=False)
+    _all: _AllSeries = attrs.field(init=False)
     _watched: deque[ref[Policy[Any]]] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._all = _AllSeries(self.max_series, self.max_policies)
         self._watched = deque(maxlen=self.max_policies)
+
+    @property
+    def ledgers(self) -> Ledgers:
+        """What `subscribe` tells of calls instead of building events."""
+        return self._all
 
     def __call__(self, event: Event) -> None:
         """Count an event."""
-        # The usual case needs no more than two looks.
-        try:
-            handle = _HANDLERS[type(event)]
-        except KeyError:
-            return
-        try:
-            series = self._series[event.policy, event.operation]
-        except KeyError:
-            series = self._make_room(event)
-        handle(series, event)
+        handle = _HANDLERS.get(type(event))
+        if handle is not None:
+            happened: Any = event
+            handle(self._all.series(event.policy, event.operation), happened)
 
     def watch(self, policy: PolicyT) -> PolicyT:
         """Have the ``statistics()`` of *policy* in each snapshot, and return it.
@@ -370,39 +426,19 @@ class Metrics:
         """Return what was counted until now; works outside a run too."""
         return MetricsSnapshot(
             time=trio.current_time() if trio.lowlevel.in_trio_run() else None,
-            series=tuple(series.snapshot(*names) for names, series in self._series.items()),
+            series=tuple(series.snapshot(*names) for names, series in self._all.items()),
             circuits=tuple(self._circuit_snapshots()),
             policies=tuple(each for policy in self._live() for each in _snapshots_of(policy)),
-            merged_operations=self._merged.estimate(),
-            merged_events=self._merged_events,
+            merged_operations=self._all.merged.estimate(),
+            merged_events=self._all.merged_events,
         )
 
     def __repr__(self) -> str:
-        policies, counted = len(self._circuits), self._apart
+        policies, counted = len(self._all.circuits), self._all.apart
         return f"<Metrics: {counted} operations under {policies} policies at {id(self):#x}>"
 
-    def _make_room(self, event: Event) -> _Series:
-        """Return where the event is counted, whose operation has no series of its own."""
-        policy, operation = event.policy, event.operation
-        if policy not in self._circuits and len(self._circuits) >= self.max_policies:
-            policy = operation = OTHERS
-        elif self._apart >= self.max_series:
-            operation = OTHERS
-        if operation is OTHERS:
-            self._merged.add((event.policy, event.operation))
-            self._merged_events += 1
-        series = self._series.get((policy, operation))
-        return self._add(policy, operation) if series is None else series
-
-    def _add(self, policy: str, operation: str) -> _Series:
-        # What is merged says nothing about the circuit of any of its policies.
-        circuit = _Circuit() if policy is OTHERS else self._circuits.setdefault(policy, _Circuit())
-        self._apart += operation is not OTHERS
-        series = self._series[policy, operation] = _Series(circuit)
-        return series
-
     def _circuit_snapshots(self) -> Iterator[CircuitSnapshot]:
-        for policy, circuit in self._circuits.items():
+        for policy, circuit in self._all.circuits.items():
             last = circuit.last
             if last is not None:
                 yield CircuitSnapshot(

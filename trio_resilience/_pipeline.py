@@ -28,8 +28,8 @@ from trio_resilience._bulkhead import Bulkhead
 from trio_resilience._checks import label, operation, seconds
 from trio_resilience._circuit_breaker import CircuitBreaker
 from trio_resilience._engine._policy import Policy
+from trio_resilience._engine._report import open_subscriptions
 from trio_resilience._engine._watched import Watched, watched
-from trio_resilience._events import open_subscriptions
 from trio_resilience._fallback import Fallback
 from trio_resilience._hedge import Hedge
 from trio_resilience._rate_limiter import CombinedRateLimiter, RateLimiter

@@ -17,12 +17,12 @@ from trio_resilience._algorithms._gcra import Gcra, interval_of, resolution
 from trio_resilience._checks import integer, label, number, operation, seconds
 from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._policy import LivePolicy, open_overrides, overrides, runs_here
-from trio_resilience._engine._report import report
+from trio_resilience._engine._report import open_subscriptions, report
 from trio_resilience._engine._run import RunState
 from trio_resilience._engine._waiting import Waiting
 from trio_resilience._engine._watched import Watched, watched
 from trio_resilience._errors import RateLimitExceededError
-from trio_resilience._events import Rejected, open_subscriptions
+from trio_resilience._events import Rejected
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:

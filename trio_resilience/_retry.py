@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Never, TypeVar, TypeVarTu
 
 import attrs
 import trio
-from trio.lowlevel import enable_ki_protection
+from trio.lowlevel import current_clock, enable_ki_protection
 
 from trio_resilience._algorithms._backoff import Backoff, Exponential
 from trio_resilience._algorithms._budget import RetryBudget, optional_budget
@@ -40,14 +40,21 @@ from trio_resilience._engine._deadline import Limit
 from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._join import Job, check_nursery, join
 from trio_resilience._engine._policy import Overrides, Policy, open_overrides, overrides
-from trio_resilience._engine._report import report
+from trio_resilience._engine._report import (
+    Reporter,
+    Subscription,
+    call_failed,
+    innermost,
+    open_subscriptions,
+    report,
+)
 from trio_resilience._engine._traceback import (
     add_note_once,
     being_handled,
     below_our_frames,
     drop_tracebacks,
 )
-from trio_resilience._engine._watched import Watched, watched
+from trio_resilience._engine._watched import Watched, finishing, watched
 from trio_resilience._errors import (
     OperationTimeoutError,
     RejectedError,
@@ -58,9 +65,7 @@ from trio_resilience._events import (
     AttemptStarted,
     RetryGaveUp,
     RetryScheduled,
-    Subscription,
     TimedOut,
-    open_subscriptions,
 )
 from trio_resilience._records import Record, record
 
@@ -243,12 +248,12 @@ class Retry(Policy[Never]):
         """Whether its budget, if it has one, is full."""
         return self.budget is None or self.budget.is_full
 
-    async def call(
+    async def call(  # noqa: C901 - the hot path: no call of ours that can be spared
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
     ) -> T:
         """Return the result of the first attempt at ``fn(*args)`` that succeeds."""
         result: T
-        if not self._is_plain or open_subscriptions or open_overrides:
+        if not self._is_plain or open_overrides:
             if open_subscriptions and type(name) is not Watched:
                 return await watched(self, self.call, fn, args, name)
             call = self._start(fn, name)
@@ -260,26 +265,62 @@ class Retry(Policy[Never]):
             operation("fn", fn)
         pending: Any = fn
         self._counts.calls += 1
+        ledger = began = None
+        if open_subscriptions:
+            where, block = (self.name, label(fn) if name is None else name), innermost.get()
+            ledger = block.ledgers[where]
+            if ledger is not None:
+                ledger.only_attempt_started()
+                now = current_clock().current_time
+                began = now()
         try:
             result = await (pending := fn(*args))
-        except Exception as error:
-            if isinstance(error, TypeError) and pending is not fn:
-                self._counts.calls -= 1  # a mistake is no call
-                check_awaitable(fn, pending)
-                self._counts.calls += 1
-            call = self._start(fn, name)
-            call.rule.attempts = 1
-            if not call.failed(error):
+        except BaseException as error:
+            failed = self._first_failed(error, fn, pending, name, began)
+            if failed is None:
                 raise
+            call = failed
         else:
             if self.budget is not None:
                 self.budget.success()
+            if ledger is not None and began is not None:
+                ledger = ledger if block.is_open else Reporter(*where)  # pyright: ignore[reportPossiblyUnboundVariable]
+                ledger.only_attempt_succeeded(now() - began)  # pyright: ignore[reportPossiblyUnboundVariable]
             return result
         call.forget_tracebacks()
-        await call.wait()
-        await _repeat(call, fn, args)
+        rest = _go_on(call, fn, args)
+        if began is not None:
+            rest = finishing(rest, where, now, began)  # pyright: ignore[reportPossiblyUnboundVariable]
+        await rest
         result = call.result
         return result
+
+    @enable_ki_protection
+    def _first_failed(
+        self,
+        error: BaseException,
+        fn: Callable[..., object],
+        pending: object,
+        name: str | None,
+        began: float | None,
+    ) -> _Call | None:
+        """Return the call that goes on after its first attempt, unless that was its last.
+
+        If somebody listens, *began* is when it began.
+        """
+        call = self._start(fn, name)
+        call.rule.attempts, call.began = 1, began or 0.0
+        try:
+            if isinstance(error, TypeError) and pending is not fn:
+                check_awaitable(fn, pending)
+        except NotAnOperationError as mistake:
+            call.ended_in(mistake)
+            call.tell_end(mistake, began)
+            raise
+        if call.ended_in(error):
+            return call
+        call.tell_end(error, began)
+        return None
 
     async def call_counted(
         self, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, name: str | None = None
@@ -368,8 +409,9 @@ class _Call:
     """The same of the last attempt that ran: of a refusal, nothing was run."""
     _handled: Container[int] = attrs.field(default=(), init=False)
     """What the caller was handling when the attempt began."""
+    began: float = attrs.field(default=0.0, init=False)
+    """When the attempt began."""
     _limit: Limit = attrs.field(init=False)
-    _began: float = attrs.field(default=0.0, init=False)
     _deadline: float = attrs.field(default=math.inf, init=False)
     _has_token: bool = attrs.field(default=False, init=False)
     """Whether it has taken one, of the budget, for an attempt that has not begun."""
@@ -379,7 +421,7 @@ class _Call:
         """Begin an attempt, which is the block."""
         self._begin()
         self._handled = being_handled()
-        deadline = min(self._began + self.retry.attempt_timeout, self._deadline)
+        deadline = min(self.began + self.retry.attempt_timeout, self._deadline)
         self._limit = Limit(deadline, self._expire)
         self._limit.__enter__()
 
@@ -401,21 +443,25 @@ class _Call:
             if exc is None:
                 self._returned()
                 return False
-            if isinstance(exc, Exception):
-                return self._swallow(exc)
-            self._finished(None, cancelled=True)
-            self._end()
-            return False
+            return self._swallow(exc)
         except BaseException:
             self._end()
             raise
         finally:
             del exc, self._limit  # which leads back here
 
-    def _swallow(self, error: Exception) -> bool:
-        if self.failed(error):
+    def _swallow(self, error: BaseException) -> bool:
+        if self.ended_in(error):
             drop_tracebacks(error, self._handled)
             return True
+        return False
+
+    def ended_in(self, error: BaseException) -> bool:
+        """Take what an attempt has raised; say whether there is to be another."""
+        if isinstance(error, Exception):
+            return self._failed(error)
+        self._finished(None, cancelled=True)
+        self._end()
         return False
 
     async def wait(self) -> None:
@@ -446,10 +492,10 @@ class _Call:
         self.return_token()
 
     def _begin(self) -> None:
-        self._began, self._has_token = trio.current_time(), False
+        self.began, self._has_token = trio.current_time(), False
         if self.rule.attempts == 0:
             self.counts.calls += 1
-            self._deadline = self._began + self.retry.total_timeout
+            self._deadline = self.began + self.retry.total_timeout
         else:
             self.counts.repeats += 1
         self.rule.attempts += 1
@@ -468,8 +514,7 @@ class _Call:
         return error
 
     @enable_ki_protection
-    def failed(self, error: Exception) -> bool:
-        """Say whether there is to be another attempt after *error*, and in how many seconds."""
+    def _failed(self, error: Exception) -> bool:
         if isinstance(error, NotAnOperationError):
             self._end()
             self.counts.calls -= 1
@@ -534,12 +579,19 @@ class _Call:
         self.delay = planned
         return ""
 
+    def tell_end(self, error: BaseException, began: float | None) -> None:
+        """Report the end of the call, if its beginning was reported."""
+        if began is not None and trio.lowlevel.in_trio_task():
+            where = self.retry.name, self.operation
+            call_failed(where, trio.current_time() - began, error)
+
     def _finished(self, error: Exception | None, *, cancelled: bool = False) -> None:
-        if open_subscriptions:
+        # An attempt that is closed after its run has ended does so at no time.
+        if open_subscriptions and trio.lowlevel.in_trio_task():
             self._report(
                 AttemptFinished,
                 attempt=self.rule.attempts,
-                duration=trio.current_time() - self._began,
+                duration=trio.current_time() - self.began,
                 error=error,
                 cancelled=cancelled,
             )
@@ -566,6 +618,11 @@ class _Call:
 
     def _report(self, kind: type[Any], **fields: Any) -> None:
         report(kind, policy=self.retry.name, operation=self.operation, **fields)
+
+
+async def _go_on(call: _Call, fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
+    await call.wait()
+    await _repeat(call, fn, args)
 
 
 async def _repeat(call: _Call, fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:

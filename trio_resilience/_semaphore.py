@@ -12,10 +12,10 @@ from trio_resilience._checks import flag, integer, label, operation
 from trio_resilience._engine._driver import run_unprotected
 from trio_resilience._engine._permits import OpenBlocks, Permits, caller, is_held_here
 from trio_resilience._engine._policy import LivePolicy, open_overrides, runs_here
+from trio_resilience._engine._report import open_subscriptions
 from trio_resilience._engine._run import RunState
 from trio_resilience._engine._waiting import Waiting
 from trio_resilience._engine._watched import Watched, watched
-from trio_resilience._events import open_subscriptions
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from trio_resilience._checks import NotAnOperationError, label, seconds
 from trio_resilience._engine._deadline import Limit
 from trio_resilience._engine._driver import awaitable
 from trio_resilience._engine._policy import Policy, open_overrides, overrides
-from trio_resilience._engine._report import report
+from trio_resilience._engine._report import open_subscriptions, report
 from trio_resilience._engine._watched import Watched, watched
 from trio_resilience._errors import OperationTimeoutError
-from trio_resilience._events import TimedOut, open_subscriptions
+from trio_resilience._events import TimedOut
 from trio_resilience._records import Record, record
 
 if TYPE_CHECKING:

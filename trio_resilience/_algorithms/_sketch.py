@@ -10,6 +10,7 @@ import math
 from array import array
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Final, final
 
@@ -21,7 +22,8 @@ from trio_resilience._records import Record, record
 BUCKETS: Final = Buckets(1.04)
 """The middle of one is within two per cent of all that it holds."""
 
-_bucket_of = BUCKETS.bucket_of
+AT_ONCE: Final = 64
+"""How many latencies are sorted into buckets together."""
 
 
 @final
@@ -80,9 +82,14 @@ def _known(*values: float | None) -> list[float]:
 @final
 @attrs.define(eq=False, repr=False)
 class Sketch:
-    """Latencies as they come."""
+    """Latencies as they come.
 
-    total: float = attrs.field(default=0.0, init=False)
+    They are sorted into the buckets many at a time, which is faster by several times.
+    """
+
+    _pending: list[float] = attrs.field(factory=list[float], init=False)
+    """Those that are in no bucket yet."""
+    _total: float = attrs.field(default=0.0, init=False)
     _shortest: float = attrs.field(default=math.inf, init=False)
     _longest: float = attrs.field(default=-math.inf, init=False)
     _first: int = attrs.field(default=0, init=False)
@@ -92,32 +99,53 @@ class Sketch:
 
     def observe(self, seconds: float) -> None:
         """Take account of a latency."""
-        self.total += seconds
-        if seconds < self._shortest:  # noqa: PLR1730 - `min` takes twice as long
-            self._shortest = seconds
-        if seconds > self._longest:  # noqa: PLR1730 - likewise
-            self._longest = seconds
-        place = _bucket_of(seconds) - self._first
-        if not 0 <= place < len(self._counts):
-            place = self._make_room(place)
-        try:
-            self._counts[place] += 1
-        except OverflowError:
-            self._counts = array("Q", self._counts)
-            self._counts[place] += 1
+        pending = self._pending
+        pending.append(seconds)
+        if len(pending) >= AT_ONCE:
+            self._sort_in()
 
     def snapshot(self) -> LatencySnapshot:
         """Return what it has come to."""
+        self._sort_in()
         if not self._counts:
             return LatencySnapshot()
         counts = enumerate(self._counts, self._first)
         return LatencySnapshot(
             count=sum(self._counts),
-            total=self.total,
+            total=self._total,
             shortest=self._shortest,
             longest=self._longest,
             buckets=tuple((bucket, count) for bucket, count in counts if count),
         )
+
+    def observe_all(self, latencies: Iterable[float]) -> None:
+        """Take account of many at once: most of them share a bucket with others."""
+        ordered = sorted(latencies)
+        if not ordered:
+            return
+        self._total += sum(ordered)
+        self._shortest = min(self._shortest, ordered[0])
+        self._longest = max(self._longest, ordered[-1])
+        start = 0
+        while start < len(ordered):
+            bucket = BUCKETS.bucket_of(ordered[start])
+            end = bisect_left(ordered, BUCKETS.top_of(bucket), start + 1)
+            self._add(bucket, end - start)
+            start = end
+
+    def _sort_in(self) -> None:
+        pending, self._pending = self._pending, []
+        self.observe_all(pending)
+
+    def _add(self, bucket: int, count: int) -> None:
+        place = bucket - self._first
+        if not 0 <= place < len(self._counts):
+            place = self._make_room(place)
+        try:
+            self._counts[place] += count
+        except OverflowError:
+            self._counts = array("Q", self._counts)
+            self._counts[place] += count
 
     def _make_room(self, place: int) -> int:
         """Extend the counts to a place before or behind them; return where it is then."""

@@ -20,7 +20,7 @@ from trio_resilience._checks import NotAnOperationError, label, refuse_coroutine
 from trio_resilience._classify import Classifier
 from trio_resilience._engine._driver import run_unprotected
 from trio_resilience._engine._policy import open_overrides, overrides
-from trio_resilience._engine._report import report
+from trio_resilience._engine._report import open_subscriptions, report
 from trio_resilience._engine._run import RunState
 from trio_resilience._errors import (
     CallAbandonedError,
@@ -28,13 +28,7 @@ from trio_resilience._errors import (
     FailureRecord,
     RejectedError,
 )
-from trio_resilience._events import (
-    CircuitState,
-    CircuitStateChanged,
-    Rejected,
-    RejectionSkipped,
-    open_subscriptions,
-)
+from trio_resilience._events import CircuitState, CircuitStateChanged, Rejected, RejectionSkipped
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -215,7 +209,7 @@ class Judge:
             return
         if isinstance(error, NotAnOperationError) or not self._is_failure(error):
             return
-        failure = failure_of(error)
+        failure = failure_of(error, run.now())
         slow = failure.time - began >= self.slow_call_duration
         rule.failed(ticket, failure, self.pace, slow=slow)
         if rule.changes:
@@ -274,7 +268,7 @@ class Judge:
         except NotAnOperationError:
             raise
         except Exception as error:  # noqa: BLE001 - no probe that raises says that it works
-            return failure_of(error)
+            return failure_of(error, trio.current_time())
         text = f"the probe took longer than {patience:g} s"
         return FailureRecord("TooSlowError", text, trio.current_time())
 
@@ -339,7 +333,7 @@ def _says_nothing(error: BaseException) -> bool:
 
 
 @disable_ki_protection
-def failure_of(error: Exception) -> FailureRecord:
+def failure_of(error: Exception, time: float) -> FailureRecord:
     """Return what is kept of an error: words, and no more of them than a report has room for."""
     try:
         text = str(error)
@@ -347,7 +341,7 @@ def failure_of(error: Exception) -> FailureRecord:
         text = "(its text can't be read)"
     if len(text) > _short.maxstring:
         text = f"{text[: _short.maxstring]}..."
-    return FailureRecord(type(error).__name__, text, trio.current_time())
+    return FailureRecord(type(error).__name__, text, time)
 
 
 def name_of(fn: object) -> str:

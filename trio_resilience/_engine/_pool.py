@@ -40,16 +40,11 @@ from trio_resilience._engine._permits import (
     held_here,
 )
 from trio_resilience._engine._plan import Plan
-from trio_resilience._engine._report import report
+from trio_resilience._engine._report import current_subscriptions, report
 from trio_resilience._engine._source import PLAIN, AsyncSource, Pair, close, numbered, size_of
 from trio_resilience._engine._traceback import without_our_frames
 from trio_resilience._errors import OperationTimeoutError
-from trio_resilience._events import (
-    OperationFinished,
-    OperationStarted,
-    TimedOut,
-    current_subscriptions,
-)
+from trio_resilience._events import OperationFinished, OperationStarted, TimedOut
 
 MISSING: Final = object()
 """Stands in the results for an operation that has none yet."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, TypeVarTuple, final
 
-import trio
-from trio.lowlevel import enable_ki_protection
+from trio.lowlevel import current_clock
 
 from trio_resilience._checks import label, operation
 from trio_resilience._engine._policy import Policy
-from trio_resilience._engine._report import report
-from trio_resilience._events import CallFinished, CallStarted
+from trio_resilience._engine._report import call_failed, call_started, call_succeeded
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -24,7 +22,6 @@ class Watched(str):
     __slots__ = ()
 
 
-@enable_ki_protection
 async def watched(
     policy: Policy[Any],
     call: Callable[..., Awaitable[T]],
@@ -37,21 +34,24 @@ async def watched(
     What is no operation is refused first: a mistake is no call.
     """
     operation("fn", fn)
-    called, began = label(fn) if name is None else name, trio.current_time()
-    where: dict[str, Any] = {"policy": getattr(policy, "name", ""), "operation": called}
-    report(CallStarted, **where)
+    called = label(fn) if name is None else name
+    where = getattr(policy, "name", ""), called
+    now = current_clock().current_time
+    began = now()
+    call_started(where)
+    return await finishing(call(fn, *args, name=Watched(called)), where, now, began)
+
+
+async def finishing(
+    rest: Awaitable[T], where: tuple[str, str], now: Callable[[], float], began: float
+) -> T:
+    """Return the result of the rest of a call, and report what has become of the call."""
     try:
-        result = await call(fn, *args, name=Watched(called))
-    except Exception as error:
-        duration = trio.current_time() - began
-        report(CallFinished, **where, duration=duration, error=error, cancelled=False)
+        result = await rest
+    except BaseException as error:
+        call_failed(where, now() - began, error)
         raise
-    except BaseException:
-        duration = trio.current_time() - began
-        report(CallFinished, **where, duration=duration, error=None, cancelled=True)
-        raise
-    duration = trio.current_time() - began
-    report(CallFinished, **where, duration=duration, error=None, cancelled=False)
+    call_succeeded(where, now() - began)
     return result
 
 
