@@ -257,7 +257,8 @@ def _run(arguments: Sequence[str]) -> int:
         complain(f"{error} (see {NAME} --help)")
         return EXIT_USAGE
     except UsageError as error:
-        complain(str(error))
+        for line in error.args:
+            complain(line)
         return EXIT_USAGE
     except BrokenPipeError:
         return EXIT_BROKEN_PIPE

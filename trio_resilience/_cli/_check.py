@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -11,11 +12,11 @@ from rich.text import Text
 from rich.tree import Tree
 
 from trio_resilience import ConfigError, Quantile
-from trio_resilience._cli._terminal import EXIT_USAGE, UsageError, complain, render, write_stdout
+from trio_resilience._cli._terminal import UsageError, render, write_stdout
 from trio_resilience._registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Generator, Mapping
 
     from trio_resilience._config import Config
     from trio_resilience._registry import RegisteredPolicy
@@ -26,14 +27,8 @@ SAMPLE: Final = Path(__file__).with_name("sample.toml")
 
 def run_check(path: Path) -> int:
     """Print the pipelines that the file at *path* describes, and return the exit status."""
-    try:
+    with mistakes_told():
         registry = Registry.load(path)
-    except ConfigError as error:
-        for line in error.errors:
-            complain(line)
-        return EXIT_USAGE
-    except ModuleNotFoundError as error:
-        raise UsageError(str(error)) from error
     tree = Tree(Text(str(path)))
     for name, budget in registry.config.budgets.items():
         _add_options(tree.add(Text(f"budget {name}")), cast("dict[str, object]", budget))
@@ -41,6 +36,17 @@ def run_check(path: Path) -> int:
         _add_pipeline(tree.add(Text(name)), registry.config, registry[name])
     write_stdout(render(tree))
     return 0
+
+
+@contextmanager
+def mistakes_told() -> Generator[None]:
+    """Refuse the command for all that is wrong with a configuration, each mistake on a line."""
+    try:
+        yield
+    except ConfigError as error:
+        raise UsageError(*error.errors) from error
+    except ModuleNotFoundError as error:
+        raise UsageError(str(error)) from error
 
 
 def _add_pipeline(branch: Tree, config: Config, policy: RegisteredPolicy) -> None:

@@ -32,7 +32,7 @@ EXIT_BROKEN_PIPE: Final = 141
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done; the message is the one line that says why."""
+    """What was asked for cannot be done; each argument is a line that says why."""
 
 
 def complain(message: str) -> None:
