@@ -118,7 +118,7 @@ def _figures(report: OutageReport) -> dict[str, str]:
         "operations done": str(report.run.succeeded),
         "operations failed": str(len(report.run.failed)),
         "attempts": str(report.run.attempts),
-        "refused by the circuit breaker": str(report.run.refused),
+        "refused, to come back later": str(report.run.refused),
         "circuit opened, after the server went down": _seconds(report.opened_after),
         "probes that found it still down": str(report.failed_probes),
         "circuit closed, after the server was back": _seconds(report.closed_after),

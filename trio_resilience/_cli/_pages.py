@@ -15,6 +15,7 @@ from trio_resilience import (
     CircuitBreaker,
     CircuitStateChanged,
     Exponential,
+    HedgeStarted,
     Pipeline,
     RejectedError,
     Retry,
@@ -89,7 +90,7 @@ def make_breaker() -> CircuitBreaker:
 
 
 def make_policy(max_concurrency: int, breaker: CircuitBreaker | None) -> Policy[Never]:
-    """Return the standard pipeline, called with the patience of a job that wants all its pages."""
+    """Return the standard pipeline, called with patience."""
     standard = Pipeline.standard(
         timeout=OPERATION_TIMEOUT,
         retry=Retry(max_attempts=MAX_ATTEMPTS, backoff=BACKOFF),
@@ -97,10 +98,15 @@ def make_policy(max_concurrency: int, breaker: CircuitBreaker | None) -> Policy[
         bulkhead=Bulkhead(max_concurrency),
         attempt_timeout=ATTEMPT_TIMEOUT,
     )
+    return with_patience(standard)
+
+
+def with_patience(*layers: Policy[Never]) -> Policy[Never]:
+    """Return the *layers*, called with the patience of a job that wants all its pages."""
     # What the open circuit refuses comes back when a probe is due. Such a try costs the server
     # nothing, so it counts apart: however long the outage is, it uses up no attempt.
     patience = Retry(max_attempts=None, on=RejectedError, backoff=BACKOFF, name="patience")
-    return Pipeline(patience, standard)
+    return Pipeline(patience, *layers)
 
 
 @final
@@ -140,6 +146,7 @@ class Run:
     _failed: dict[str, str] = attrs.field(factory=dict[str, str], init=False)
     _retries: Counter[str] = attrs.field(factory=Counter[str], init=False)
     _refused: int = attrs.field(default=0, init=False)
+    _hedges: int = attrs.field(default=0, init=False)
     _circuit: list[CircuitChange] = attrs.field(factory=list[CircuitChange], init=False)
     _latencies: list[float] = attrs.field(factory=list[float], init=False)
 
@@ -186,6 +193,8 @@ class Run:
                 self._refused += 1
             case RetryScheduled():
                 self._retries[cause(event.error)] += 1
+            case HedgeStarted():
+                self._hedges += 1
             case CircuitStateChanged():
                 seconds = event.time - self.started_at
                 self._circuit.append(CircuitChange(seconds, event.state))
@@ -207,6 +216,7 @@ class Run:
             attempts=sum(fetch.attempts for fetch in self._fetches),
             retries=self._retries,
             refused=self._refused,
+            hedges=self._hedges,
             circuit=self._circuit,
             latencies=self._latencies,
             seconds=seconds,

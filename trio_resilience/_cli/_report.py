@@ -62,7 +62,9 @@ class RunReport:
     retries: Counter[str]
     """How many attempts were followed by another, by what was wrong with them."""
     refused: int
-    """How often the circuit breaker let no attempt be made, and the page had to wait."""
+    """How often a policy let no attempt be made, and the page had to come back later."""
+    hedges: int
+    """How many attempts were made beside another of the same page."""
     circuit: Sequence[CircuitChange]
     latencies: Sequence[float]
     """Seconds that each success took, its retries included."""
@@ -99,6 +101,7 @@ class RunReport:
             "attempts": self.attempts,
             "retries": dict(sorted(self.retries.items())),
             "refused": self.refused,
+            "hedges": self.hedges,
             "circuit": [attrs.asdict(change) for change in self.circuit],
             "latency": {name: self.latency(share) for name, share in SHARES.items()},
             "throughput": self.throughput,
@@ -158,7 +161,8 @@ def _figures(report: RunReport, failures: list[str], retries: list[str]) -> dict
         "attempts": str(report.attempts),
         "retries": str(report.retries.total()),
         **{f"  retried: {cause}": str(report.retries[cause]) for cause in retries},
-        "refused by the circuit breaker": str(report.refused),
+        "hedges": str(report.hedges),
+        "refused, to come back later": str(report.refused),
         **{
             f"latency {name}": _milliseconds(report.latency(share))
             for name, share in SHARES.items()
