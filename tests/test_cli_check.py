@@ -131,6 +131,6 @@ def test_the_sample_that_ships_with_the_package_is_in_order(
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["check", str(SAMPLE)]) == 0
     out = capfd.readouterr().out
-    for name in ("payments", "search", "mail", "budget backend"):
+    for name in ("payments", "search", "mail", "demo", "budget backend"):
         assert name in out
     assert "advice" not in out

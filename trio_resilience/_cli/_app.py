@@ -12,8 +12,8 @@ import trio
 from cyclopts import App, CycloptsError, Parameter
 
 from trio_resilience._cli._advice import run_advice
-from trio_resilience._cli._check import run_check
-from trio_resilience._cli._demo import run_demo
+from trio_resilience._cli._check import SAMPLE, run_check
+from trio_resilience._cli._demo import Choice, run_demo
 from trio_resilience._cli._faults import ProfileName
 from trio_resilience._cli._fetch import Options, run_fetch
 from trio_resilience._cli._pages import Setting
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from cyclopts import Token
 
 NAME: Final = "python -m trio_resilience"
+OUTAGE: Final = 3.0
+"""Seconds that the demo's outage takes unless it is told."""
 
 
 def _version() -> str:
@@ -58,8 +60,9 @@ def _positive(_type: object, value: float | None) -> None:
         raise ValueError("Must be > 0.")
 
 
-def _duration(_type: object, value: float) -> None:
-    if not 0 <= value < math.inf:  # written this way round so that NaN fails too
+def _duration(_type: object, value: float | None) -> None:
+    # Written this way round so that NaN fails too.
+    if value is not None and not 0 <= value < math.inf:
         raise ValueError("Must be >= 0 and finite.")
 
 
@@ -84,7 +87,9 @@ async def demo(
     max_concurrency: Count = 10,
     seed: Annotated[int, Parameter(converter=_whole)] = 1,
     faults: ProfileName = "mild",
-    outage: Annotated[float, Parameter(validator=_duration)] = 3.0,
+    outage: Annotated[float | None, Parameter(validator=_duration)] = None,
+    config: Annotated[list[Path] | None, Parameter(consume_multiple=(0, 1))] = None,
+    policy: str | None = None,
     json: bool = False,
 ) -> int:
     """Fetch pages from a server on this machine that misbehaves, with and without the library.
@@ -93,8 +98,9 @@ async def demo(
     with the same retries alone.
 
     The exit status is 0 if every page was fetched, but for those that the script makes fail for
-    ever (in harsh), and never more than max-concurrency requests were in progress at once, as the
-    client sees it and as the server does.
+    ever (in harsh), and never more than max-concurrency requests were in progress at once (hedges
+    apart), as the client sees it and as the server does. It is 2 if the configuration can't be
+    used: then every mistake in it is told on stderr.
 
     Parameters
     ----------
@@ -107,12 +113,38 @@ async def demo(
     faults
         How badly the server behaves. Harsh has pages that fail for ever.
     outage
-        For how many seconds the server goes down in the second part; 0 leaves that out.
+        For how many seconds the server goes down in the second part: 3 by default. 0 leaves that
+        out, and so does, by default, a policy that has no circuit breaker.
+    config
+        Fetch under a policy of this TOML file, instead of the demo's own; without a name, of the
+        sample that comes along. What the policy refuses comes back later, as with the demo's own.
+    policy
+        Which policy of the configuration: by default demo, or the only one.
     json
         Print the result as JSON.
     """
-    setting = Setting(requests, max_concurrency, seed, faults, outage)
-    return await run_demo(setting, as_json=json)
+    choice = _choice(config, policy)
+    setting = Setting(requests, max_concurrency, seed, faults, _outage(outage, choice))
+    return await run_demo(setting, choice, as_json=json)
+
+
+def _choice(configs: list[Path] | None, policy: str | None) -> Choice | None:
+    if configs is None:
+        if policy is not None:
+            raise UsageError("--policy needs a --config")
+        return None
+    if len(configs) > 1:
+        raise UsageError("--config is given more than once")
+    return Choice.of(configs[0] if configs else SAMPLE, policy)
+
+
+def _outage(given: float | None, choice: Choice | None) -> float:
+    """Return the seconds of the outage, in which a circuit breaker is compared with none."""
+    if choice is None or choice.has_breaker:
+        return OUTAGE if given is None else given
+    if given:
+        raise UsageError(f"--outage needs a policy with a breaker, and {choice.shown} has none")
+    return 0.0
 
 
 @app.command

@@ -18,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -57,11 +58,11 @@ async def write_stdout_line(text: str) -> None:
 
 
 def render(*parts: RenderableType) -> str:
-    """Return the parts as stdout can show them: in colour only on a terminal."""
+    """Return the parts as stdout can show them: in colour only on a terminal, text unbroken."""
     console = Console(highlight=False)
     with console.capture() as capture:
         for part in parts:
-            console.print(part)
+            console.print(part, soft_wrap=isinstance(part, (str, Text)))
     return capture.get()
 
 
