@@ -19,7 +19,7 @@ Capture = pytest.CaptureFixture[str]
 STRAIGHT = """
 [policies.demo]
 layers = ["attempt_timeout"]
-attempt_timeout = "300ms"
+attempt_timeout = "1s"
 """
 
 
@@ -85,7 +85,7 @@ def test_in_an_outage_one_page_at_a_time_comes_through_the_sample_as_well(capfd:
 
 def test_one_attempt_is_one_attempt(capfd: Capture, path: Path) -> None:
     """Then what fails without any policy fails under this one."""
-    path.write_text('[policies.demo]\nretry.max_attempts = 1\nattempt_timeout = "300ms"')
+    path.write_text('[policies.demo]\nretry.max_attempts = 1\nattempt_timeout = "1s"')
     options = ("--requests", "30", "--outage", "0")
     status, document = demo_json(capfd, *options, "--config", str(path))
     run = document["with"]
@@ -132,7 +132,7 @@ def test_hedges_are_counted_and_may_exceed_the_concurrency(capfd: Capture, path:
 def test_no_run_sees_the_circuits_of_another(capfd: Capture, path: Path) -> None:
     """What the faults have opened would else be open when the outage begins."""
     path.write_text(
-        '[policies.demo]\nretry = false\nattempt_timeout = "300ms"\n'
+        '[policies.demo]\nretry = false\nattempt_timeout = "1s"\n'
         'breaker = { failure_threshold = 1, recovery_timeout = "1h" }'
     )
     options = ("--requests", "20", "--max-concurrency", "1", "--outage", "0.1")
