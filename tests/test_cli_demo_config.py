@@ -104,8 +104,8 @@ def test_a_bulkhead_that_waits_for_nobody_refuses_who_then_comes_back(
     status, document = demo_json(capfd, *options, "--config", str(path))
     assert status == 0
     assert document["with"]["refused"] > 0
-    assert document["with"]["server_peak"] == document["with"]["client_peak"] == 2
-    assert document["without"]["server_peak"] == 8
+    assert document["with"]["server_peak"] <= document["with"]["client_peak"] == 2
+    assert document["without"]["client_peak"] == 8
 
 
 def test_a_rate_limit_takes_its_time(capfd: Capture, path: Path) -> None:
