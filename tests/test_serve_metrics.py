@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import stat
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,37 @@ async def test_the_socket_is_its_users_alone_and_is_removed(metrics: Metrics, pa
     assert not path.exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it is made its user's alone at once there")
+@pytest.mark.usefixtures("lax")
+async def test_the_socket_is_its_users_alone_from_its_first_moment(
+    metrics: Metrics, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the umask, which other threads make files under, and which is left as it is."""
+    modes: list[int] = []
+
+    class Watched(socket.socket):
+        def bind(self, address: Any) -> None:
+            super().bind(address)
+            modes.append(stat.S_IMODE(Path(address).stat().st_mode))
+
+    monkeypatch.setattr(socket, "socket", Watched)
+    async with trio.open_nursery() as nursery:
+        await serve_metrics(nursery, path, metrics)
+        nursery.cancel_scope.cancel()
+    assert modes == [0o600]
+    assert os.umask(0) == 0
+
+
+async def test_it_is_removed_though_the_program_has_gone_to_another_folder(
+    metrics: Metrics, path: Path, tmp_path: Path
+) -> None:
+    async with trio.open_nursery() as nursery:
+        await serve_metrics(nursery, path, metrics)
+        os.chdir(tmp_path.parent)
+        nursery.cancel_scope.cancel()
+    assert not (tmp_path / path).exists()
+
+
 async def test_what_a_dead_process_has_left_is_replaced(metrics: Metrics, path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -212,16 +244,39 @@ async def test_clients_that_leave_at_once_disturb_nobody(metrics: Metrics, path:
 async def test_clients_that_hang_are_sent_away(
     metrics: Metrics, path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """They are bounded, and after five seconds there is room for others."""
+    """After five seconds."""
     autojump_clock.autojump_threshold = 0.2  # real sockets need a moment
     async with trio.open_nursery() as nursery:
         await serve_metrics(nursery, path, metrics)
-        hanging = [await connected(path) for _ in range(serving.MAX_CLIENTS)]
-        for each in hanging:
-            assert await each.receive_some()
-        assert await received(await connected(path)) == b""
+        before = nursery_size()
+        hanging = await connected(path)
+        assert await hanging.receive_some()
+        assert nursery_size() == before + 1
         await trio.sleep(serving.PATIENCE + 1)
-        assert (await asked(path)).series == metrics.snapshot().series
+        assert nursery_size() == before
+        await hanging.aclose()
+        nursery.cancel_scope.cancel()
+
+
+def nursery_size() -> int:
+    return trio.lowlevel.current_statistics().tasks_living
+
+
+@pytest.mark.parametrize("reads", [False, True])
+async def test_any_number_of_clients_that_hang_keeps_out_nobody(
+    metrics: Metrics, path: Path, reads: bool
+) -> None:
+    """Those that are there longest make room, so that there are never many."""
+    async with trio.open_nursery() as nursery:
+        await serve_metrics(nursery, path, metrics)
+        before, hanging = nursery_size(), list[trio.SocketStream]()
+        with trio.fail_after(serving.PATIENCE - 1):
+            for _ in range(5 * serving.MAX_CLIENTS):
+                hanging.append(await connected(path))
+                if reads:
+                    await hanging[-1].receive_some()
+            assert (await asked(path)).series == metrics.snapshot().series
+        assert nursery_size() <= before + serving.MAX_CLIENTS
         for each in hanging:
             await each.aclose()
         nursery.cancel_scope.cancel()
@@ -241,6 +296,16 @@ async def test_a_client_that_hangs_does_not_hold_up_the_end(metrics: Metrics, pa
 # --- arguments ----------------------------------------------------------------------------------
 
 
+class BytesPath:
+    """A path that is no text."""
+
+    def __fspath__(self) -> bytes:
+        return b"x"
+
+    def __repr__(self) -> str:
+        return "a path of bytes"
+
+
 @pytest.mark.parametrize(
     "where, error, words",
     [
@@ -249,6 +314,7 @@ async def test_a_client_that_hangs_does_not_hold_up_the_end(metrics: Metrics, pa
         (65536, ValueError, "must be <= 65535, got 65536"),
         (None, TypeError, "must be a path or a port, got None"),
         (b"x", TypeError, "must be a path or a port, got b'x'"),
+        (BytesPath(), ValueError, "must be a path or a port, got a path of bytes"),
         ("", ValueError, "must be a path or a port, got ''"),
         ("a\0b", ValueError, "must be a path or a port, got 'a"),
     ],

@@ -7,9 +7,9 @@ import json
 import os
 import socket
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias, cast, final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast, final
 
 import attrs
 import trio
@@ -24,10 +24,10 @@ Address: TypeAlias = "str | os.PathLike[str] | int"
 
 LOOPBACK: Final = "127.0.0.1"
 MAX_CLIENTS: Final = 16
-"""A further one is sent away, with nothing."""
+"""A further one takes the place of the one that is there longest."""
 PATIENCE: Final = 5.0
 """Seconds that a client has to take its snapshot."""
-_BACKLOG: Final = 16
+_OWNER_ONLY: Final = stat.S_IRUSR | stat.S_IWUSR
 _LAST_PORT: Final = 65535
 
 
@@ -36,8 +36,8 @@ async def serve_metrics(nursery: trio.Nursery, path_or_port: Address, metrics: M
 
     Whoever connects is sent one snapshot, as a line of JSON (`MetricsSnapshot.as_dict`), and then
     the end of the connection; what it sends is not read. ``python -m trio_resilience top`` shows
-    it as a table. A client that hangs, or leaves, disturbs nobody: it has five seconds, and there
-    are 16 at a time at most.
+    it as a table. A client that hangs, or leaves, disturbs nobody: it has five seconds, and when 16
+    are there, a further one takes the place of the first.
 
     When this returns, it is listening. It never lets *nursery* end by itself.
 
@@ -78,8 +78,8 @@ def checked_address(value: object) -> str | int:
         return port
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"`path_or_port` must be a path or a port, got {value!r}")
-    path = os.fspath(cast("str | os.PathLike[str]", value))
-    if not path or "\0" in path:
+    path: object = os.fspath(cast("os.PathLike[Any]", value))
+    if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"`path_or_port` must be a path or a port, got {value!r}")
     return path
 
@@ -108,11 +108,13 @@ def _unix_listener(path: Path) -> Generator[trio.SocketListener]:
     with socket.socket(socket.AF_UNIX) as ours:
         ours.settimeout(0)
         _bind(ours, path)
+        path = path.absolute()  # the program may go to another folder
         made = _identity(path)
         try:
+            # What the umask has taken away, and for systems where a socket has no mode of its own.
             # Nobody can connect before it listens, so there is no moment at which others could.
-            path.chmod(stat.S_IRUSR | stat.S_IWUSR)
-            ours.listen(_BACKLOG)
+            path.chmod(_OWNER_ONLY)
+            ours.listen()
             yield trio.SocketListener(trio.socket.from_stdlib_socket(ours))
         finally:
             if _identity(path) == made:
@@ -120,6 +122,8 @@ def _unix_listener(path: Path) -> Generator[trio.SocketListener]:
 
 
 def _bind(ours: socket.socket, path: Path) -> None:
+    with suppress(OSError):  # systems other than Linux may refuse
+        os.fchmod(ours.fileno(), _OWNER_ONLY)  # the file's own mode, from its first moment
     try:
         ours.bind(str(path))
     except OSError as error:
@@ -163,22 +167,32 @@ class _Server:
     """Sends a snapshot to each client."""
 
     metrics: Metrics
-    _clients: int = attrs.field(default=0, init=False)
+    _clients: list[trio.CancelScope] = attrs.field(factory=list[trio.CancelScope], init=False)
+    """In the order in which they came."""
 
     async def serve(self, stream: trio.SocketStream) -> None:
         await trio.lowlevel.checkpoint()
-        if self._clients >= MAX_CLIENTS:
-            return
-        self._clients += 1
-        try:
-            with trio.move_on_after(PATIENCE):
-                await stream.send_all(self._line())
-                await stream.send_eof()
-                await _drain(stream)
-        except trio.BrokenResourceError:
-            pass  # it has left
-        finally:
-            self._clients -= 1
+        with self._let_in():
+            await stream.send_all(self._line())
+            await stream.send_eof()
+            await _drain(stream)
+
+    @contextmanager
+    def _let_in(self) -> Generator[None]:
+        """Have patience with a client, and with no more than a few at a time."""
+        # The first has most likely got its snapshot by now, and does not go. To send newcomers away
+        # instead would let a few that hang keep out everybody.
+        if len(self._clients) >= MAX_CLIENTS:
+            self._clients.pop(0).cancel()
+        with trio.move_on_after(PATIENCE) as client:
+            self._clients.append(client)
+            try:
+                yield
+            except trio.BrokenResourceError:
+                pass  # it has left
+            finally:
+                if client in self._clients:
+                    self._clients.remove(client)
 
     def _line(self) -> bytes:
         document = self.metrics.snapshot().as_dict()
