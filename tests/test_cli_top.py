@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
 import signal
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from rich.console import Console
 
 from tests.test_metrics import changed, ended, made
 from trio_resilience import (
@@ -178,6 +180,45 @@ def test_names_can_not_command_the_terminal(capfd: Capture, path: Path) -> None:
     assert "\x1b]" not in out
 
 
+def test_what_is_written_to_a_pipe_is_as_wide_as_it_has_to_be(
+    capfd: Capture, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row is a line, and nothing in it is cut off."""
+    monkeypatch.delenv("COLUMNS")
+    with process(path, *CALLS, made(CallStarted, "policy " * 20)):
+        assert main(["top", str(path), "--once"]) == 0
+    out = capfd.readouterr().out
+    assert row_of(out, "db")[12].startswith("OSError: no route (")
+    assert "policy " * 20 in out
+    assert "…" not in out
+
+
+@pytest.mark.parametrize(
+    "width, names",
+    [
+        (30, ["policy", "state"]),
+        (40, ["policy", "state", "failed"]),
+        (
+            81,
+            [*("policy", "state", "calls", "calls/s", "failed", "refused", "p99"), "last failure"],
+        ),
+    ],
+)
+def test_a_narrow_terminal_shows_what_matters_most(width: int, names: list[str]) -> None:
+    """Columns that there is no room for are left out, and those that are there can be read."""
+    metrics, console = Metrics(), Console(width=width)
+    for event in [*CALLS, *JOBS]:
+        metrics(event)
+    table = top.History().table(metrics.snapshot(), width)
+    assert [column.header for column in table.columns] == names
+    with console.capture() as capture:
+        console.print(table)
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert all(name in lines[2] for name in names)
+    assert not any("…" in line for line in lines)
+
+
 # --- rates --------------------------------------------------------------------------------------
 
 
@@ -215,6 +256,20 @@ def test_a_policy_that_is_new_has_rates_as_well() -> None:
         assert row[5] == rate
     assert row[9] == "-"  # it has not begun under this listener
     assert "x" * 50 + "... (5 s ago)" in row[12]
+
+
+def test_what_another_process_has_counted_is_no_rate() -> None:
+    """One that has taken the place of the first has counted less, whatever its clock says."""
+    history, metrics = top.History(), Metrics()
+    for event in CALLS * 2:
+        metrics(event)
+    shown(history, metrics, 10.0)
+    metrics = Metrics()
+    for event in CALLS:
+        metrics(event)
+    row = shown(history, metrics, 12.0)
+    assert (row[5], row[8]) == ("-", "-")
+    assert shown(history, metrics, 14.0)[5] == "0.0"
 
 
 # --- following ----------------------------------------------------------------------------------
@@ -299,6 +354,54 @@ def server(path: Path, answer: bytes, *, hangs: bool = False) -> Generator[None]
 def test_what_is_no_snapshot_is_one_line(capfd: Capture, path: Path, answer: bytes) -> None:
     with server(path, answer):
         assert main(["top", str(path), "--once"]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err == f"trio_resilience: what {path} has answered is no snapshot of metrics\n"
+
+
+def deep() -> list[Any]:
+    """As deep as JSON can be read, and more than can be shown."""
+    found: list[Any] = []
+    for _ in range(600):
+        found = [found]
+    return found
+
+
+LATENCY = ("series", 0, "calls", "succeeded")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        (("time",), math.inf),
+        (("time",), math.nan),
+        (("time",), 10**400),
+        (("series", 0, "rejections"), 10**400),
+        (("policies", 0, "statistics", "state"), deep()),
+        ((*LATENCY, "buckets"), [[10**9, 2]]),
+        ((*LATENCY, "buckets"), [[1, 1], [1, 1]]),
+        ((*LATENCY, "buckets"), [[1, 1], [0, 1]]),
+        ((*LATENCY, "buckets"), [[0, 3], [1, -1]]),
+        ((*LATENCY, "longest"), None),
+        ((*LATENCY, "shortest"), None),
+    ],
+)
+def test_numbers_that_nobody_counts_are_no_snapshot(
+    capfd: Capture, path: Path, place: tuple[Any, ...], value: Any, as_json: bool
+) -> None:
+    """Nothing can be told from them."""
+    metrics = Metrics()
+    for event in CALLS:
+        metrics(event)
+    _kept = metrics.watch(CircuitBreaker("db"))
+    document = metrics.snapshot().as_dict()
+    inner: Any = document
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    with server(path, json.dumps(document).encode()):
+        assert main(["top", str(path), "--once", *["--json"] * as_json]) == 1
     out, err = capfd.readouterr()
     assert out == ""
     assert err == f"trio_resilience: what {path} has answered is no snapshot of metrics\n"

@@ -11,13 +11,17 @@ from typing import Any, Final, Self, TypeVar, cast, final, get_args, get_origin,
 
 import attrs
 
-from trio_resilience._algorithms._sketch import LatencySnapshot
+from trio_resilience._algorithms._buckets import LONGEST, SHORTEST
+from trio_resilience._algorithms._sketch import BUCKETS, LatencySnapshot
 from trio_resilience._errors import FailureRecord
 from trio_resilience._events import CircuitState
 from trio_resilience._records import Record, keyword_record
 
 R = TypeVar("R", bound=Record)
 
+_LARGEST: Final = 2**63 - 1
+"""Of what is counted; nobody lives to see more."""
+_BUCKETS: Final = range(BUCKETS.bucket_of(SHORTEST), BUCKETS.bucket_of(LONGEST) + 1)
 QUANTILES: Final = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
 
@@ -209,7 +213,7 @@ class MetricsSnapshot(Record):
         """Return the snapshot that `as_dict` has made *document* of; else raise a `ValueError`."""
         try:
             return cls(**_read_fields(cls, document))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"it is no snapshot of metrics: {error!r}") from error
 
 
@@ -308,9 +312,20 @@ def _read_latency(value: Any) -> LatencySnapshot:
     latency = (
         LatencySnapshot(**_read_fields(LatencySnapshot, value)) if value else LatencySnapshot()
     )
-    if latency.count != sum(count for _, count in latency.buckets):
-        raise ValueError(f"the buckets do not add up to {latency.count}")
+    _check_buckets(latency)
     return latency
+
+
+def _check_buckets(latency: LatencySnapshot) -> None:
+    """Refuse what `Sketch` does not make, so that quantiles and sums can be told."""
+    numbers = [bucket for bucket, _ in latency.buckets]
+    counts = [count for _, count in latency.buckets]
+    if latency.count != sum(counts) or min(counts, default=1) < 1:
+        raise ValueError(f"the buckets do not add up to {latency.count}")
+    if numbers != sorted(set(numbers)) or not all(each in _BUCKETS for each in numbers):
+        raise ValueError("there are no such buckets")
+    if (latency.shortest is None or latency.longest is None) == bool(counts):
+        raise ValueError("the shortest and the longest are missing")
 
 
 def _read_fields(kind: Any, value: Any) -> dict[str, Any]:
@@ -324,8 +339,14 @@ def _fields_of(kind: Any) -> list[tuple[str, Any]]:
 
 
 def _read_scalar(kind: Any, value: Any) -> Any:
-    if kind is Any or type(value) is kind:
-        return value
-    if kind is float and type(value) is int:
+    if kind is Any:
+        return plain(value)
+    if kind is float and type(value) is int and abs(value) <= _LARGEST:
         return float(value)
-    raise TypeError(f"{value!r} is no {kind.__name__}")
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{value!r} is not finite")
+    if kind is int and abs(value) > _LARGEST:
+        raise ValueError(f"{value!r} is too large")
+    return value

@@ -57,9 +57,9 @@ async def write_stdout_line(text: str) -> None:
     await trio.to_thread.run_sync(write_stdout, f"{text}\n", abandon_on_cancel=True)
 
 
-def render(*parts: RenderableType) -> str:
+def render(*parts: RenderableType, width: int | None = None) -> str:
     """Return the parts as stdout can show them: in colour only on a terminal, text unbroken."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=width)
     with console.capture() as capture:
         for part in parts:
             console.print(part, soft_wrap=isinstance(part, (str, Text)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final, final
 
@@ -42,6 +43,21 @@ _MESSAGE: Final = 50
 """Characters of a failure's message."""
 _LONG: Final = 1000
 """Seconds, from which on minutes are easier to read."""
+_ROOM: Final = 2000
+"""Characters of a line where no terminal says how many it shows."""
+_TEXTS: Final = {"policy": 12, "state": 9, "last failure": 18}
+"""Columns whose lines may be broken: where there is little room, at these widths."""
+_COLUMNS: Final = {
+    **{name: _TEXTS.get(name, _ROOM) for name in ("policy", "state", "running", "waiting")},
+    **dict.fromkeys(("calls", "calls/s", "failed", "refused", "refused/s", *QUANTILES), _ROOM),
+    "last failure": _TEXTS["last failure"],
+}
+"""And the characters that each needs at most."""
+_SPARE: Final = (
+    *("refused/s", "p50", "p95", "waiting", "running", "p99", "calls/s", "refused", "calls"),
+    *("last failure", "failed"),
+)
+"""Columns that are left out where there is no room, one after the other."""
 _STYLES: Final = {
     CircuitState.CLOSED: "green",
     CircuitState.OPEN: "red",
@@ -132,10 +148,16 @@ def _table_writer(stack: ExitStack, *, is_live: bool) -> Callable[[MetricsSnapsh
     """Return what shows snapshots: in one place of a terminal, or else one after the other."""
     history = History()
     console = Console(highlight=False)
-    if not (is_live and console.is_terminal):
-        return lambda snapshot: write_stdout(render(history.table(snapshot)))
+    if not is_live or not console.is_terminal or console.is_dumb_terminal:
+        width = _width_of(console)
+        return lambda snapshot: write_stdout(render(history.table(snapshot, width), width=width))
     live = stack.enter_context(Live(console=console, auto_refresh=False))
-    return lambda snapshot: live.update(history.table(snapshot), refresh=True)
+    return lambda snapshot: live.update(history.table(snapshot, console.width), refresh=True)
+
+
+def _width_of(console: Console) -> int:
+    """Return the characters of a line; a file, or a pipe, has room for all of them."""
+    return console.width if console.is_terminal or "COLUMNS" in os.environ else _ROOM
 
 
 @final
@@ -145,24 +167,55 @@ class History:
 
     _before: MetricsSnapshot | None = attrs.field(default=None, init=False)
 
-    def table(self, snapshot: MetricsSnapshot) -> Table:
-        """Return a table of the policies, each with what all of its operations come to."""
+    def table(self, snapshot: MetricsSnapshot, width: int = _ROOM) -> Table:
+        """Return a table of the policies, each with what all of its operations come to.
+
+        What there is no room for in *width* characters is left out.
+        """
         before, self._before = self._before, snapshot
-        table = Table(title=_title(snapshot))
-        table.add_column("policy")
-        table.add_column("state")
-        for name in ("running", "waiting", "calls", "calls/s", "failed", "refused", "refused/s"):
-            table.add_column(name, justify="right")
-        for name in QUANTILES:
-            table.add_column(name, justify="right")
-        table.add_column("last failure")
+        now = snapshot.by_policy()
         earlier = {} if before is None else before.by_policy()
         seconds = _seconds_between(before, snapshot)
+        if any(_is_less(each, earlier.get(policy)) for policy, each in now.items()):
+            earlier, seconds = {}, None
         states = _states(snapshot)
-        for policy, now in sorted(snapshot.by_policy().items()):
-            row = Row(now, earlier.get(policy), seconds, states.get(policy), snapshot.time)
-            table.add_row(*row.cells())
-        return table
+        rows = [
+            Row(each, earlier.get(policy), seconds, states.get(policy), snapshot.time).cells()
+            for policy, each in sorted(now.items())
+        ]
+        return _fitting(_title(snapshot), rows, width)
+
+
+def _is_less(now: SeriesSnapshot, before: SeriesSnapshot | None) -> bool:
+    """Tell whether it was another process before, which had counted further."""
+    return before is not None and (
+        _finished(now) < _finished(before) or _refused(now) < _refused(before)
+    )
+
+
+def _fitting(title: str, rows: list[list[Text]], width: int) -> Table:
+    """Return a table with those of the columns that there is room for."""
+    wanted = {
+        name: max([len(name), *(min(row[place].cell_len, most) for row in rows)])
+        for place, (name, most) in enumerate(_COLUMNS.items())
+    }
+    padding = 1 if sum(wanted.values()) + 3 * len(wanted) < width else 0
+    for name in _SPARE:
+        if sum(wanted.values()) + (1 + 2 * padding) * len(wanted) < width:
+            break
+        del wanted[name]
+    table = Table(title=title, padding=(0, padding))
+    for name in wanted:
+        is_text = name in _TEXTS
+        table.add_column(
+            name,
+            justify="left" if is_text else "right",
+            no_wrap=not is_text,
+            overflow="fold" if is_text else "ellipsis",
+        )
+    for row in rows:
+        table.add_row(*(cell for name, cell in zip(_COLUMNS, row, strict=True) if name in wanted))
+    return table
 
 
 @final
