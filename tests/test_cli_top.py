@@ -386,6 +386,7 @@ LATENCY = ("series", 0, "calls", "succeeded")
         ((*LATENCY, "longest"), None),
         ((*LATENCY, "shortest"), None),
     ],
+    ids=lambda value: repr(value)[:20],
 )
 def test_numbers_that_nobody_counts_are_no_snapshot(
     capfd: Capture, path: Path, place: tuple[Any, ...], value: Any, as_json: bool

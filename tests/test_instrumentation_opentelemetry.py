@@ -399,10 +399,26 @@ async def test_what_an_operation_traces_around_a_call_is_around_it(
 
     with subscribe(traced.listener):
         await run_with_limit(None, [load])
-    assert [found for found in traced.tree() if "step" in found and "attempt" not in found] == [
-        "step",
-        "step > load",
-    ]
+    operation = f"run_with_limit {load.__qualname__}"
+    call = f"{operation} > step > load"
+    assert traced.tree() == [operation, f"{operation} > step", call, f"{call} > load attempt"]
+
+
+async def test_what_an_operation_without_a_policy_traces_is_within_it(
+    autojump_clock: MockClock, traced: Traced
+) -> None:
+    """Also in tasks that it starts; one after the other in a worker, none is within another."""
+
+    async def load() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(traced.work)
+        otel_context.attach(otel_context.Context())  # a mess that it leaves behind
+
+    with subscribe(traced.listener), traced.tracer.start_as_current_span("request"):
+        await run_with_limit(None, [load] * 3, max_concurrency=1)
+        assert trace.get_current_span().get_span_context().is_valid
+    operation = f"request > run_with_limit {load.__qualname__}"
+    assert traced.tree() == ["request", *[operation, f"{operation} > query"] * 3]
 
 
 async def test_an_operation_that_is_cancelled(autojump_clock: MockClock, traced: Traced) -> None:

@@ -301,7 +301,8 @@ class Pool:
                             if permit is not None:
                                 context.run(held_here.set, (*self._outer, permit))
                             if is_heard:
-                                self._report_start(index, item)
+                                # In the operation's context, where a listener may leave something.
+                                context.run(self._report_start, index, item)
                             # Two spellings: to unpack nothing would cost as much as the call.
                             call = context.run
                             coro = call(*prefix, item) if prefix else call(item)

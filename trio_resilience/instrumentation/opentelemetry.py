@@ -114,8 +114,6 @@ class _Running:
 
     index: object
     span: Span
-    around: Span
-    """The span that is current around the job."""
 
 
 @final
@@ -141,7 +139,7 @@ class _Tracing:
 
     tracer: trace.Tracer
     _innermost: ContextVar[_Scope | None] = attrs.field(init=False)
-    # The events of an operation's start and end come from outside of its context.
+    # The event of an operation's end may come from outside of its context.
     _running: WeakKeyDictionary[trio.lowlevel.Task, _Running] = attrs.field(
         factory=WeakKeyDictionary[trio.lowlevel.Task, _Running], init=False
     )
@@ -182,20 +180,11 @@ class _Tracing:
 
     def _begin(self, event: Event, name: str, kind: tuple[object, ...]) -> None:
         around = otel_context.get_current()
-        parent = self._parent(around)
-        span = self.tracer.start_span(name, parent, attributes=_attributes(event))
+        span = self.tracer.start_span(name, around, attributes=_attributes(event))
         if not span.get_span_context().is_valid:
             return  # nobody traces
         self._enter(event, kind, span, around)
-        otel_context.attach(trace.set_span_in_context(span, parent))
-
-    def _parent(self, around: otel_context.Context) -> otel_context.Context:
-        running = self._running_here()
-        # Within an operation, the first span is its. What has begun there since is nearer, be it
-        # ours or the operation's own.
-        if running is None or trace.get_current_span(around) is not running.around:
-            return around
-        return trace.set_span_in_context(running.span, around)
+        otel_context.attach(trace.set_span_in_context(span, around))
 
     def _enter(
         self,
@@ -252,7 +241,9 @@ class _Tracing:
         name, task = f"{text(event.policy)} {text(event.operation)}", _current_task()
         span = self.tracer.start_span(name, attributes=_attributes(event))
         if task is not None and span.get_span_context().is_valid:
-            self._running[task] = _Running(event.index, span, trace.get_current_span())
+            self._running[task] = _Running(event.index, span)
+            # The operation's own context, which ends with it.
+            otel_context.attach(trace.set_span_in_context(span))
 
     def _end_operation(self, event: OperationFinished) -> None:
         task, running = _current_task(), self._running_here()
