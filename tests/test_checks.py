@@ -286,11 +286,12 @@ def test_what_cannot_be_called_is_refused_without_calling_it() -> None:
 
 
 def test_functions_are_called_by_the_name_that_users_know() -> None:
-    """Behind a partial, of a class, or by their repr."""
+    """Behind a partial, of a class; objects by their class, of which there are not that many."""
     assert checks.label(plain) == "plain"
     assert checks.label(functools.partial(functools.partial(plain))) == "plain"
     assert checks.label(Caller().method) == "Caller.method"
     assert checks.label(trio.sleep) == "sleep"
+    assert checks.label(Caller()) == checks.label(functools.partial(Caller())) == "Caller"
     error = CircuitOpenError("db")
     assert checks.label(error) == repr(error)
 
@@ -312,6 +313,8 @@ def test_functions_are_shown_by_their_names() -> None:
     assert checks.shown((OSError, (len, 3), "a")) == "(OSError, (len, 3), 'a')"
     assert checks.shown((functools.partial(int, base=2),)) == "(int,)"
     assert checks.shown(None) == "None"
+    caller = Caller()
+    assert checks.shown(caller) == repr(caller)
     assert repr(Hedge(after=1, on_discard=print)).count("=transient, on_discard=print,") == 1
     retry = repr(Retry(retry_result=bool, on_retry=print))
     assert "on=transient," in retry

@@ -176,13 +176,16 @@ def check_awaitable(fn: object, value: object) -> None:
 
 
 def label(fn: object) -> str:
-    """Return the name by which a user knows *fn*."""
+    """Return the name by which a user knows *fn*; of an object that can be called, its class's."""
     if type(fn) is types.FunctionType:  # the usual case, told in one step
         return fn.__qualname__
     while isinstance(fn, functools.partial):
         fn = fn.func
     name = getattr(fn, "__qualname__", None)
-    return name if isinstance(name, str) else repr(fn)
+    if isinstance(name, str):
+        return name
+    # A repr would have an address in it, and so be another name for each object.
+    return type(fn).__qualname__ if callable(fn) else repr(fn)
 
 
 def shown(value: object) -> str:
@@ -190,7 +193,11 @@ def shown(value: object) -> str:
     if isinstance(value, tuple):
         parts = [shown(part) for part in cast("tuple[object, ...]", value)]
         return f"({', '.join(parts)}{',' * (len(parts) == 1)})"
-    return label(value) if callable(value) else repr(value)
+    return label(value) if callable(value) and _is_named(value) else repr(value)
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, functools.partial) or hasattr(value, "__qualname__")
 
 
 _ASYNC_DEF = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE
