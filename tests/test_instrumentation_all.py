@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -94,6 +96,47 @@ def test_no_event_makes_it_raise(make: Callable[[], Listener], error: Exception)
             listener(attrs.evolve(event, operation=name, policy=name, task=name))
     listener(None)
     listener(object())
+
+
+@pytest.mark.parametrize(
+    "make, option, kind",
+    [
+        (LoggingListener, "logger", "Logger"),
+        (PrometheusListener, "registry", "CollectorRegistry"),
+        (OpenTelemetryListener, "meter_provider", "MeterProvider"),
+        (OpenTelemetryListener, "tracer_provider", "TracerProvider"),
+    ],
+)
+def test_what_it_reports_to_is_checked(make: Callable[..., object], option: str, kind: str) -> None:
+    """At once, not when something happens."""
+    with pytest.raises(TypeError, match=f"`{option}` must be a {kind}, got 'app'"):
+        make(**{option: "app"})
+
+
+@pytest.mark.parametrize(
+    "name, package",
+    [
+        ("structlog", "structlog"),
+        ("prometheus", "prometheus_client"),
+        ("opentelemetry", "opentelemetry"),
+    ],
+)
+def test_without_its_package_a_tool_says_what_to_install(name: str, package: str) -> None:
+    """Nothing else needs the package."""
+    program = f"""
+import sys
+sys.modules["{package}"] = None
+import trio_resilience, trio_resilience.instrumentation, trio_resilience.instrumentation.logging
+try:
+    import trio_resilience.instrumentation.{name}
+except ModuleNotFoundError as error:
+    print(error, error.name)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert 'install the extra: pip install "trio_resilience[' + name + ']"' in run.stdout
+    assert run.stdout.rstrip().endswith(package)
 
 
 class Tracked(Exception):  # noqa: N818 - that is what it is for

@@ -10,7 +10,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from tests._instrumentation import FAILED, RESULT, ForeignEvent, every_event, happened
-from trio_resilience import RetryScheduled
+from trio_resilience import CallFinished, RetryScheduled
 from trio_resilience.instrumentation.structlog import StructlogListener
 
 
@@ -76,3 +76,32 @@ def test_it_can_hand_on_to_the_standard_library(caplog: pytest.LogCaptureFixture
     ]
     StructlogListener(logger)(happened(ForeignEvent))
     assert vars(caplog.records[-1])["name_"] == "n"
+
+
+def test_what_a_level_leaves_out_is_not_put_into_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """It costs next to nothing; and what the level lets through is logged, as by other loggers."""
+    asked: list[str] = []
+
+    class Asked(Exception):  # noqa: N818 - it is for one thing only
+        def __str__(self) -> str:
+            asked.append("words")
+            return "no route"
+
+    logger = structlog.wrap_logger(
+        structlog.PrintLogger(),
+        processors=[structlog.processors.JSONRenderer()],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )
+    listener = StructlogListener(logger)
+    listener(happened(CallFinished, duration=1.0, error=Asked(), cancelled=False))
+    assert (asked, capsys.readouterr().out) == ([], "")
+    listener(happened(RetryScheduled, attempt=1, delay=0.5, error=Asked()))
+    assert asked == ["words"]
+    assert json.loads(capsys.readouterr().out)["error"] == "no route"
+
+
+def test_a_logger_is_asked_for_nothing_but_to_log() -> None:
+    """Some take any attribute for a way to log."""
+    logger = structlog.testing.CapturingLogger()
+    StructlogListener(logger)(happened(RetryScheduled, attempt=1, delay=0.5, error=FAILED))
+    assert [call.method_name for call in logger.calls] == ["info"]

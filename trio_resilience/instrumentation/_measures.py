@@ -178,8 +178,10 @@ class Bounded:
     limit: int
     _seen: set[str] = attrs.field(factory=set[str], init=False)
 
-    def __call__(self, value: object) -> str:
+    def __call__(self, value: str) -> str:
         """Return the label for *value*."""
+        if value in self._seen:
+            return value  # the usual case: what it was made of is what it is
         word = text(value)
         if word in self._seen:
             return word

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Generator, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, Final, cast
 
@@ -33,6 +34,7 @@ from trio_resilience import (
 Word = str | bool | int | float
 
 MAX_LENGTH: Final = 200
+LEVELS: Final = logging.getLevelNamesMapping()
 _LARGEST: Final = 2**63 - 1
 
 RECORD_NAMES: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "event"})
@@ -40,6 +42,26 @@ RECORD_NAMES: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "a
 
 # What an operation returns is the application's own, and may be secret.
 _UNTOLD: Final = frozenset({"result"})
+
+
+@contextmanager
+def extra(name: str) -> Generator[None]:
+    """Say what to install, should a package be missing that this block imports."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        how = f'install the extra: pip install "trio_resilience[{name}]"'
+        raise ModuleNotFoundError(f"{error.msg}; {how}", name=error.name) from None
+
+
+def must_be(kind: type[object]) -> Callable[[object, attrs.Attribute[Any], object], None]:
+    """Return a validator that refuses what is no *kind*."""
+
+    def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, kind):
+            raise TypeError(f"`{attribute.alias}` must be a {kind.__name__}, got {value!r}")
+
+    return check
 
 
 def text(value: object) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import Final, final
+from typing import final
 
 import attrs
 
 from trio_resilience import Event
-from trio_resilience.instrumentation._words import RECORD_NAMES, event_name, fields, level
-
-_LEVELS: Final = logging.getLevelNamesMapping()
+from trio_resilience.instrumentation._words import (
+    LEVELS,
+    RECORD_NAMES,
+    event_name,
+    fields,
+    level,
+    must_be,
+)
 
 
 def _own_logger() -> logging.Logger:
@@ -37,13 +42,13 @@ class LoggingListener:
             trio.run(main)
     """
 
-    logger: logging.Logger = attrs.field(factory=_own_logger)
+    logger: logging.Logger = attrs.field(factory=_own_logger, validator=must_be(logging.Logger))
 
     def __call__(self, event: Event) -> None:
         """Log *event*, if its level is enabled."""
         if not isinstance(event, Event):  # pyright: ignore[reportUnnecessaryIsInstance]
             return
-        number = _LEVELS[level(event).upper()]
+        number = LEVELS[level(event).upper()]
         if self.logger.isEnabledFor(number):
             name, said = event_name(event), fields(event, RECORD_NAMES)
             # Names are shown as Python writes strings, so that none can forge a line of the log.

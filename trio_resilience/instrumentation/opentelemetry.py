@@ -16,9 +16,6 @@ from weakref import WeakKeyDictionary
 
 import attrs
 import trio
-from opentelemetry import context as otel_context
-from opentelemetry import metrics, trace
-from opentelemetry.trace import Span, Status, StatusCode
 
 from trio_resilience import (
     AttemptFinished,
@@ -56,10 +53,17 @@ from trio_resilience.instrumentation._words import (
     error_message,
     error_type,
     event_name,
+    extra,
     fields,
+    must_be,
     outcome,
     text,
 )
+
+with extra("opentelemetry"):
+    from opentelemetry import context as otel_context
+    from opentelemetry import metrics, trace
+    from opentelemetry.trace import Span, Status, StatusCode
 
 _NAME: Final = "trio_resilience"
 
@@ -138,6 +142,8 @@ class _Tracing:
     """Spans for calls, attempts and operations: those that have begun, in all contexts."""
 
     tracer: trace.Tracer
+    is_global: bool
+    """Whether its provider is the global one, which may come later."""
     _innermost: ContextVar[_Scope | None] = attrs.field(init=False)
     # The event of an operation's end may come from outside of its context.
     _running: WeakKeyDictionary[trio.lowlevel.Task, _Running] = attrs.field(
@@ -149,6 +155,8 @@ class _Tracing:
 
     def hear(self, event: Event) -> None:
         """Begin a span, end one, or leave a mark on one."""
+        if self.is_global and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+            return  # nobody has provided an SDK
         match event:
             case CallStarted():
                 self._begin_call(event)
@@ -310,7 +318,8 @@ class OpenTelemetryListener:
     and its kin have spans too, around those of the calls within. Retries, refusals and changes of a
     circuit are events on the spans. A span says which error there was, and never a result.
 
-    Without an SDK it does nothing: not even a context is changed.
+    Without an SDK it does nothing: not even a context is changed. What still goes on when the block
+    of `subscribe` ends is not heard to its end, so its span is not exported: wrap `trio.run`.
 
     Args:
         meter_provider: where the metrics go; the global one if not given.
@@ -325,8 +334,12 @@ class OpenTelemetryListener:
             trio.run(main)
     """
 
-    meter_provider: metrics.MeterProvider | None = None
-    tracer_provider: trace.TracerProvider | None = None
+    meter_provider: metrics.MeterProvider | None = attrs.field(
+        default=None, validator=attrs.validators.optional(must_be(metrics.MeterProvider))
+    )
+    tracer_provider: trace.TracerProvider | None = attrs.field(
+        default=None, validator=attrs.validators.optional(must_be(trace.TracerProvider))
+    )
     max_operations: int = attrs.field(default=100, converter=max_operations)
     max_policies: int = attrs.field(default=100, converter=max_policies)
     _labels: Labels = attrs.field(init=False)
@@ -336,7 +349,8 @@ class OpenTelemetryListener:
     def __attrs_post_init__(self) -> None:
         self._labels = Labels(self.max_policies, self.max_operations)
         self._meters = _Meters(metrics.get_meter(_NAME, meter_provider=self.meter_provider))
-        self._tracing = _Tracing(trace.get_tracer(_NAME, tracer_provider=self.tracer_provider))
+        tracer = trace.get_tracer(_NAME, tracer_provider=self.tracer_provider)
+        self._tracing = _Tracing(tracer, is_global=self.tracer_provider is None)
 
     def __call__(self, event: Event) -> None:
         """Add what *event* says to the metrics and to the spans."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, final
 
 import attrs
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
 
 from trio_resilience import CircuitState, CircuitStateChanged, Event
 from trio_resilience.instrumentation._measures import (
@@ -20,6 +19,10 @@ from trio_resilience.instrumentation._measures import (
     max_policies,
     measures,
 )
+from trio_resilience.instrumentation._words import extra, must_be
+
+with extra("prometheus"):
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
 
 _PREFIX: Final = "trio_resilience_"
 
@@ -98,7 +101,9 @@ class PrometheusListener:
             trio.run(main)
     """
 
-    registry: CollectorRegistry = REGISTRY
+    registry: CollectorRegistry = attrs.field(
+        default=REGISTRY, validator=must_be(CollectorRegistry)
+    )
     max_operations: int = attrs.field(default=100, converter=max_operations)
     max_policies: int = attrs.field(default=100, converter=max_policies)
     _labels: Labels = attrs.field(init=False)

@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import Any, Final, final
 
 import attrs
-import structlog
 
 from trio_resilience import Event
-from trio_resilience.instrumentation._words import RECORD_NAMES, event_name, fields, level
+from trio_resilience.instrumentation._words import (
+    LEVELS,
+    RECORD_NAMES,
+    event_name,
+    extra,
+    fields,
+    level,
+)
+
+with extra("structlog"):
+    import structlog
 
 # What the usual processors take for themselves, and loggers: also those that hand on to `logging`.
 _RESERVED: Final = RECORD_NAMES | {
@@ -45,5 +54,15 @@ class StructlogListener:
         """Log *event*; whether its level is enabled is for structlog to say."""
         if not isinstance(event, Event):  # pyright: ignore[reportUnnecessaryIsInstance]
             return
-        log = getattr(self.logger, level(event))
-        log(event_name(event), **fields(event, _RESERVED))
+        word = level(event)
+        log = getattr(self.logger, word)
+        if _is_enabled(log, LEVELS[word.upper()]):
+            log(event_name(event), **fields(event, _RESERVED))
+
+
+def _is_enabled(log: Any, number: int) -> bool:
+    """Tell whether it is worth it to say what an event is; a filtering logger knows in advance."""
+    logger: object = getattr(log, "__self__", None)
+    # Of the class: some loggers take any attribute of theirs for something to log.
+    ask = getattr(logger.__class__, "is_enabled_for", None)
+    return ask is None or bool(ask(logger, number))
