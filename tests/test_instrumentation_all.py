@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -39,6 +40,7 @@ from trio_resilience import (
     CallStarted,
     CircuitState,
     Event,
+    Metrics,
     OperationFinished,
     OperationStarted,
     RetryScheduled,
@@ -172,9 +174,10 @@ async def test_it_keeps_neither_errors_nor_tasks(make: Callable[[], Listener]) -
 
 @attrs.define(eq=False)
 class Watch:
-    """A plain list, Prometheus and OpenTelemetry, all of which hear the same."""
+    """A plain list, `Metrics`, Prometheus and OpenTelemetry, all of which hear the same."""
 
     heard: list[Any] = attrs.field(factory=list[Any])
+    metrics: Metrics = attrs.field(factory=Metrics)
     registry: CollectorRegistry = attrs.field(factory=CollectorRegistry)
     reader: InMemoryMetricReader = attrs.field(factory=InMemoryMetricReader)
     exporter: InMemorySpanExporter = attrs.field(factory=InMemorySpanExporter)
@@ -185,6 +188,7 @@ class Watch:
         meters = MeterProvider([self.reader], shutdown_on_exit=False)
         return [
             self.heard.append,
+            self.metrics,
             PrometheusListener(registry=self.registry),
             OpenTelemetryListener(meter_provider=meters, tracer_provider=traces),
         ]
@@ -192,6 +196,20 @@ class Watch:
     @property
     def by_list(self) -> Counter[tuple[str, str]]:
         return count(self.heard)
+
+    @property
+    def by_metrics(self) -> Counter[tuple[str, str]]:
+        found = Counter[tuple[str, str]]()
+        for each in self.metrics.snapshot().series:
+            for ending in ("succeeded", "failed", "refused", "cancelled"):
+                found["calls", ending] += getattr(each.calls, ending).count
+                found["operations", ending] += getattr(each.operations, ending).count
+                found["attempts", ending] += getattr(each.attempts, ending)
+            found["retries", ""] += each.attempts.retries
+            found["give_ups", ""] += each.attempts.given_up
+            for name in ("rejections", "timeouts", "hedges", "fallbacks"):
+                found[name, ""] += getattr(each, name)
+        return +found
 
     @property
     def by_prometheus(self) -> Counter[tuple[str, str]]:
@@ -218,6 +236,7 @@ class Watch:
     def check(self) -> Counter[tuple[str, str]]:
         """Return the numbers, on which all agree, and which add up."""
         found = self.by_list
+        assert self.by_metrics == found
         assert self.by_prometheus == found
         assert self.by_opentelemetry == found
         for started, finished in (
@@ -250,13 +269,14 @@ def watch() -> Watch:
 
 
 async def listen(watch: Watch, job: Callable[[], Any]) -> None:
-    one, two, three = watch.listeners()
-    with subscribe(one), subscribe(two), subscribe(three):
+    with ExitStack() as stack:
+        for listener in watch.listeners():
+            stack.enter_context(subscribe(listener))
         await job()
 
 
 async def test_the_numbers_of_a_job_agree(autojump_clock: MockClock, watch: Watch) -> None:
-    """Operations, calls, attempts and the rest: Prometheus, OpenTelemetry and a plain list."""
+    """Operations, calls, attempts and the rest, of all four."""
     await listen(watch, busy_job)
     found = watch.check()
     assert {name for name, _ in found} == set(COUNTED.values())
