@@ -125,6 +125,21 @@ def test_the_state_of_a_circuit_is_one_of_all_states() -> None:
     assert found == {"closed": 0, "open": 0, "half_open": 1, "isolated": 0}
 
 
+def test_circuits_that_share_a_label_have_no_state_together() -> None:
+    """One may be open while another is closed; their changes are counted all the same."""
+    registry = CollectorRegistry()
+    listener = PrometheusListener(registry=registry, max_policies=1)
+    for policy in ("first", "second", "third"):
+        change: dict[str, Any] = {"state": CircuitState.OPEN, "reason": "x", "retry_after": None}
+        where: dict[str, Any] = {"policy": policy, "previous": CircuitState.CLOSED}
+        listener(happened(CircuitStateChanged, **where, **change))
+    found = scrape(registry)
+    states = {dict(labels)["policy"] for name, labels in found if name.endswith("circuit_state")}
+    assert states == {"first"}
+    others = frozenset({("policy", "other"), ("state", "open")})
+    assert found["trio_resilience_circuit_transitions_total", others] == 2
+
+
 def test_the_number_of_series_is_bounded() -> None:
     """However many names of operations and policies there are; nothing is lost."""
     registry = CollectorRegistry()

@@ -11,6 +11,7 @@ from trio_resilience import (
     AttemptFinished,
     BatchFlushed,
     CallFinished,
+    CircuitState,
     CircuitStateChanged,
     ConfigReloaded,
     ConfigReloadFailed,
@@ -205,3 +206,12 @@ class Labels:
         if "operation" in quantity.labels:
             found.append(self.operations(event.operation))
         return [*found, last] if len(found) < len(quantity.labels) else found
+
+    def circuit_states(self, event: CircuitStateChanged) -> Iterator[tuple[list[str], int]]:
+        """Yield each state that a circuit may be in, as labels, with 1 for the one it is in.
+
+        Nothing if it shares its label: circuits in different states have none together.
+        """
+        if self.policies(event.policy) != OTHER:
+            for state in CircuitState:
+                yield self.of(event, CIRCUIT_STATE, state.value), int(state is event.state)

@@ -23,7 +23,6 @@ from trio_resilience import (
     BatchFlushed,
     CallFinished,
     CallStarted,
-    CircuitState,
     CircuitStateChanged,
     Event,
     FallbackUsed,
@@ -357,16 +356,13 @@ class OpenTelemetryListener:
         if not isinstance(event, Event):  # pyright: ignore[reportUnnecessaryIsInstance]
             return
         for quantity, amount, last in measures(event):
-            self._meters.add[quantity](amount, self._named(event, quantity, last))
+            labels = self._labels.of(event, quantity, last)
+            self._meters.add[quantity](amount, _named(quantity, labels))
         if isinstance(event, CircuitStateChanged):
-            self._show_circuit(event)
+            for labels, number in self._labels.circuit_states(event):
+                self._meters.circuit_state.set(number, _named(CIRCUIT_STATE, labels))
         self._tracing.hear(event)
 
-    def _show_circuit(self, event: CircuitStateChanged) -> None:
-        for state in CircuitState:
-            attributes = self._named(event, CIRCUIT_STATE, state.value)
-            self._meters.circuit_state.set(int(state is event.state), attributes)
 
-    def _named(self, event: Event, quantity: Quantity, last: str) -> dict[str, str]:
-        values = self._labels.of(event, quantity, last)
-        return {f"{_NAME}.{key}": value for key, value in zip(quantity.labels, values, strict=True)}
+def _named(quantity: Quantity, labels: list[str]) -> dict[str, str]:
+    return {f"{_NAME}.{key}": value for key, value in zip(quantity.labels, labels, strict=True)}

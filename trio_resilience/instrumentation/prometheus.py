@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final, final
+from typing import Final, final
 
 import attrs
 
-from trio_resilience import CircuitState, CircuitStateChanged, Event
+from trio_resilience import CircuitStateChanged, Event
 from trio_resilience.instrumentation._measures import (
     BUCKETS,
     CIRCUIT_STATE,
@@ -126,9 +126,5 @@ class PrometheusListener:
         for quantity, amount, last in measures(event):
             self._family.add[quantity](self._labels.of(event, quantity, last), amount)
         if isinstance(event, CircuitStateChanged):
-            self._show_circuit(event)
-
-    def _show_circuit(self, event: CircuitStateChanged) -> None:
-        for state in CircuitState:
-            labels: list[Any] = self._labels.of(event, CIRCUIT_STATE, state.value)
-            self._family.circuit_state.labels(*labels).set(state is event.state)
+            for labels, number in self._labels.circuit_states(event):
+                self._family.circuit_state.labels(*labels).set(number)
