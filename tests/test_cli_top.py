@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import select
 import signal
 import socket
 import subprocess
@@ -278,11 +279,7 @@ def test_what_another_process_has_counted_is_no_rate() -> None:
 def test_it_follows_until_the_process_is_gone(capfd: Capture, path: Path) -> None:
     """Where it is no terminal, one table after the other; in the end, one line says so."""
     with process(path, *CALLS, tick=made(CallStarted)) as metrics:
-        command = [sys.executable, "-m", "trio_resilience", "top", str(path), "--interval", "0.1"]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-        follower = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        follower = followed(path, "--interval", "0.1")
         assert follower.stdout is not None
         tables = 0
         while tables < 3:
@@ -294,6 +291,40 @@ def test_it_follows_until_the_process_is_gone(capfd: Capture, path: Path) -> Non
         err
         == f"trio_resilience: no process serves its metrics at {path}: No such file or directory\n"
     )
+
+
+def followed(path: Path, *options: str) -> subprocess.Popen[str]:
+    """The command, whose output nobody has read yet."""
+    command = [sys.executable, "-m", "trio_resilience", "top", str(path), *options]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_has_seen_enough_ends_it(path: Path, options: list[str]) -> None:
+    """Such as `head`: silently, with the status that a shell shows for it."""
+    with process(path, *CALLS):
+        follower = followed(path, "--interval", "0.05", *options)
+        assert follower.stdout is not None
+        assert follower.stderr is not None
+        assert follower.stdout.readline()
+        follower.stdout.close()
+        assert follower.wait(20) == 141
+        assert follower.stderr.read() == ""
+        follower.stderr.close()
+
+
+def test_ctrl_c_ends_it_though_nobody_reads(path: Path) -> None:
+    """A table is more than a pipe holds: it waits until there is room."""
+    with process(path, *[made(CallStarted, f"{number} " * 500) for number in range(100)]):
+        follower = followed(path, "--interval", "0.01")
+        assert follower.stdout is not None
+        assert select.select([follower.stdout], [], [], 20)[0]
+        follower.send_signal(signal.SIGINT)
+        assert follower.wait(20) == 0
+        assert follower.communicate()[1] == ""
 
 
 def test_on_a_terminal_the_table_stays_in_its_place_until_ctrl_c(path: Path) -> None:

@@ -18,12 +18,13 @@ from rich.text import Text
 from trio_resilience import CircuitState
 from trio_resilience._algorithms._sketch import LatencySnapshot
 from trio_resilience._cli._terminal import (
+    EXIT_BROKEN_PIPE,
     EXIT_FAILED,
     UsageError,
     cancel_on_interrupt,
     complain,
     render,
-    write_stdout,
+    write_stdout_line,
 )
 from trio_resilience._serving import LOOPBACK, checked_address
 from trio_resilience._snapshots import QUANTILES, MetricsSnapshot, OutcomesSnapshot
@@ -80,24 +81,32 @@ async def run_top(where: str, *, interval: float, once: bool, as_json: bool) -> 
     async with trio.open_nursery() as watch:
         await watch.start(cancel_on_interrupt, watch.cancel_scope)
         with ExitStack() as stack:
-            show = _write_json if as_json else _table_writer(stack, is_live=not once)
+            show = _json_of if as_json else _table_writer(stack, is_live=not once)
             status = await _follow(address, show, math.inf if once else interval)
         watch.cancel_scope.cancel()
     return status
 
 
 async def _follow(
-    address: str | int, show: Callable[[MetricsSnapshot], None], interval: float
+    address: str | int, show: Callable[[MetricsSnapshot], str], interval: float
 ) -> int:
     try:
-        show(await fetch_snapshot(address))
+        await _write(show(await fetch_snapshot(address)))
         while interval < math.inf:
             await trio.sleep(interval)
-            show(await fetch_snapshot(address))
+            await _write(show(await fetch_snapshot(address)))
     except GoneError as error:
         complain(str(error))
         return EXIT_FAILED
+    except BrokenPipeError:
+        return EXIT_BROKEN_PIPE
     return 0
+
+
+async def _write(text: str) -> None:
+    await trio.lowlevel.checkpoint()
+    if text:
+        await write_stdout_line(text.removesuffix("\n"))
 
 
 # --- asking -------------------------------------------------------------------------------------
@@ -140,19 +149,24 @@ async def _connect(address: str | int) -> trio.SocketStream:
 # --- showing ------------------------------------------------------------------------------------
 
 
-def _write_json(snapshot: MetricsSnapshot) -> None:
-    write_stdout(json.dumps(snapshot.as_dict()) + "\n")
+def _json_of(snapshot: MetricsSnapshot) -> str:
+    return json.dumps(snapshot.as_dict())
 
 
-def _table_writer(stack: ExitStack, *, is_live: bool) -> Callable[[MetricsSnapshot], None]:
-    """Return what shows snapshots: in one place of a terminal, or else one after the other."""
+def _table_writer(stack: ExitStack, *, is_live: bool) -> Callable[[MetricsSnapshot], str]:
+    """Return what shows snapshots: in one place of a terminal, or else as text to write."""
     history = History()
     console = Console(highlight=False)
     if not is_live or not console.is_terminal or console.is_dumb_terminal:
         width = _width_of(console)
-        return lambda snapshot: write_stdout(render(history.table(snapshot, width), width=width))
+        return lambda snapshot: render(history.table(snapshot, width), width=width)
     live = stack.enter_context(Live(console=console, auto_refresh=False))
-    return lambda snapshot: live.update(history.table(snapshot, console.width), refresh=True)
+
+    def update(snapshot: MetricsSnapshot) -> str:
+        live.update(history.table(snapshot, console.width), refresh=True)
+        return ""
+
+    return update
 
 
 def _width_of(console: Console) -> int:
