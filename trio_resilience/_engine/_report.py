@@ -247,6 +247,8 @@ def call_succeeded(where: tuple[str, str], duration: float) -> None:
 @enable_ki_protection
 def call_failed(where: tuple[str, str], duration: float, error: BaseException) -> None:
     """Tell whoever listens now that it has failed, or was cancelled."""
+    if not trio.lowlevel.in_trio_task():
+        return  # it is closed after its run has ended, at no time
     policy, operation = where
     failure = error if isinstance(error, Exception) else None
     report(
