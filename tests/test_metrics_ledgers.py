@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack, suppress
-from functools import partial
 from types import coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +91,8 @@ def counted(chosen: list[Call], *others: Callable[[Event], object]) -> MetricsSn
     metrics = Metrics(max_series=6)
     clock = trio.testing.MockClock(autojump_threshold=0)
     with ExitStack() as stack:
-        for listener in (metrics, *others):
+        listeners: list[Callable[[Event], object]] = [metrics, *others]
+        for listener in listeners:
             stack.enter_context(subscribe(listener))
         trio.run(make_calls, chosen, clock=clock)
     return metrics.snapshot()
@@ -141,11 +141,11 @@ async def test_what_ends_after_the_block_is_not_counted(
 ) -> None:
     """Nor what begins after it; but whoever listens around the block still hears of both."""
     metrics, around = Metrics(), Listener()
-    call = partial(make().call, trio.sleep, 2)
+    policy = make()
 
     async def call_twice() -> None:
-        await call()
-        await call()
+        for _ in range(2):
+            await policy.call(trio.sleep, 2)
 
     with subscribe(around):
         async with trio.open_nursery() as nursery:

@@ -53,6 +53,35 @@ def test_ten_thousand_operations_take_less_than_20_mib() -> None:
     assert snapshot.merged_events == 36_000
 
 
+@pytest.mark.exhaustive
+@pytest.mark.watchdog(300)
+@pytest.mark.usefixtures("traced")
+def test_a_million_calls_of_ten_thousand_operations_take_less_than_20_mib() -> None:
+    """And none of them is lost."""
+    metrics, rng = Metrics(), Random(3)
+    ended = {"error": None, "cancelled": False}
+    pairs = [
+        (
+            made(CallStarted, "db", f"operation {number}"),
+            made(CallFinished, "db", f"operation {number}", duration=rng.expovariate(20), **ended),
+        )
+        for number in range(10_000)
+    ]
+    gc.collect()
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in range(100):
+        for started, finished in pairs:
+            metrics(started)
+            metrics(finished)
+    gc.collect()
+    after, _ = tracemalloc.get_traced_memory()
+    assert after - before < 20 * MIB
+    snapshot = metrics.snapshot()
+    assert sum(series.calls.succeeded.count for series in snapshot.series) == 1_000_000
+    assert snapshot.merged_operations == pytest.approx(9000, rel=0.03)
+    assert snapshot.merged_events == 1_800_000
+
+
 @pytest.mark.usefixtures("traced")
 def test_an_operation_takes_less_than_20_kib_whatever_its_latencies_are() -> None:
     """So a thousand of them take less than 20 MiB for ever: these have all latencies there are."""
