@@ -55,12 +55,14 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def process(path: Path | int, *events: Event, tick: Event | None = None) -> Generator[Metrics]:
+def process(
+    path: Path | int, *events: Event, tick: Event | None = None, max_series: int = 1000
+) -> Generator[Metrics]:
     """Serve what these events come to, in a thread: the command has a run of trio of its own.
 
     *tick* happens a hundred times a second.
     """
-    metrics, ready, scope = Metrics(), threading.Event(), trio.CancelScope()
+    metrics, ready, scope = Metrics(max_series=max_series), threading.Event(), trio.CancelScope()
     for event in events:
         metrics(event)
     tokens: list[trio.lowlevel.TrioToken] = []
@@ -164,10 +166,8 @@ def test_a_breaker_that_is_watched_has_a_state_from_the_beginning(
 
 
 def test_what_is_counted_together_is_said(capfd: Capture, path: Path) -> None:
-    with process(path) as metrics:
-        metrics.max_series = 1
-        for number in range(3):
-            metrics(made(WaitStarted, "db", f"load {number}"))
+    events = [made(WaitStarted, "db", f"load {number}") for number in range(3)]
+    with process(path, *events, max_series=1):
         assert main(["top", str(path), "--once"]) == 0
     assert "about 2 operations are counted as (others)" in capfd.readouterr().out
 

@@ -134,6 +134,17 @@ async def test_what_is_no_operation_is_no_call(make: Callable[[], Policy[Any]]) 
     assert calls.heard == []
 
 
+async def test_a_mistake_that_only_its_call_tells_is_a_call_that_failed(
+    autojump_clock: MockClock,
+) -> None:
+    """Whatever is told to begin is told to end."""
+    calls = Calls()
+    mistake: Any = lambda: 5  # noqa: E731 - what it returns can't be awaited
+    with subscribe(calls), pytest.raises(TypeError, match="can't be awaited") as caught:
+        await Retry(name="mine").call(mistake)
+    assert calls.finished().error is caught.value
+
+
 async def test_a_refusal(autojump_clock: MockClock) -> None:
     """Is the error of the call, also of one around it."""
     calls, outer = Calls(), list[Event]()

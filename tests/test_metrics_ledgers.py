@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack, suppress
 from types import coroutine
@@ -135,6 +138,41 @@ async def test_no_event_is_built_of_a_success(
     assert series.attempts.started == series.attempts.succeeded == (200 if make is Retry else 0)
 
 
+async def test_no_event_is_built_after_a_block_around_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So long as it is the only listener again."""
+    with subscribe(Listener()):
+        pass
+    await test_no_event_is_built_of_a_success(Retry, monkeypatch)
+
+
+def test_latencies_are_added_up_in_time() -> None:
+    """Before anybody asks for them, they take no more room than a few do."""
+    metrics = Metrics()
+    ledger = metrics.ledgers["db", "load"]
+    tracemalloc.start()
+    try:
+        for number in range(10_000):
+            ledger.only_attempt_started()
+            ledger.only_attempt_succeeded(number % 7 / 10)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 10_000
+
+
+async def test_a_listener_is_let_go() -> None:
+    """With its block."""
+    listener = Listener()
+    held = weakref.ref(listener)
+    with subscribe(listener):
+        pass
+    del listener
+    gc.collect()
+    assert held() is None
+
+
 @pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
 async def test_what_ends_after_the_block_is_not_counted(
     autojump_clock: MockClock, make: Callable[[], Policy[Any]]
@@ -154,7 +192,8 @@ async def test_what_ends_after_the_block_is_not_counted(
                 await trio.sleep(1)
     (series,) = metrics.snapshot().series
     assert (series.calls.started, series.calls.finished) == (1, 0)
-    assert [event.time for event in around.of(CallFinished)] == [2, 4]
+    finished = around.of(CallFinished)
+    assert [(event.time, event.duration) for event in finished] == [(2, 2), (4, 2)]
 
 
 @pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)

@@ -366,7 +366,7 @@ class _AllSeries(dict[tuple[str, str], _Series]):
 
 
 @final
-@attrs.define(eq=False, repr=False)
+@attrs.frozen(eq=False, repr=False)
 class Metrics(Counter):
     """Counts what happens to calls, by policy and operation; `snapshot` says what it has come to.
 
@@ -390,12 +390,16 @@ class Metrics(Counter):
 
     max_series: int = attrs.field(default=1000, kw_only=True, converter=_max_series)
     max_policies: int = attrs.field(default=100, kw_only=True, converter=_max_policies)
-    _all: _AllSeries = attrs.field(init=False)
-    _watched: deque[ref[Policy[Any]]] = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._all = _AllSeries(self.max_series, self.max_policies)
-        self._watched = deque(maxlen=self.max_policies)
+    _all: _AllSeries = attrs.field(
+        default=attrs.Factory(
+            lambda self: _AllSeries(self.max_series, self.max_policies), takes_self=True
+        ),
+        init=False,
+    )
+    _watched: deque[ref[Policy[Any]]] = attrs.field(
+        default=attrs.Factory(lambda self: deque(maxlen=self.max_policies), takes_self=True),
+        init=False,
+    )
 
     @property
     def ledgers(self) -> Ledgers:

@@ -265,14 +265,13 @@ class Retry(Policy[Never]):
             operation("fn", fn)
         pending: Any = fn
         self._counts.calls += 1
-        ledger = began = None
+        began = None
         if open_subscriptions:
             where, block = (self.name, label(fn) if name is None else name), innermost.get()
             ledger = block.ledgers[where]
-            if ledger is not None:
-                ledger.only_attempt_started()
-                now = current_clock().current_time
-                began = now()
+            ledger.only_attempt_started()
+            now = current_clock().current_time
+            began = now()
         try:
             result = await (pending := fn(*args))
         except BaseException as error:
@@ -283,7 +282,7 @@ class Retry(Policy[Never]):
         else:
             if self.budget is not None:
                 self.budget.success()
-            if ledger is not None and began is not None:
+            if began is not None:
                 ledger = ledger if block.is_open else Reporter(*where)  # pyright: ignore[reportPossiblyUnboundVariable]
                 ledger.only_attempt_succeeded(now() - began)  # pyright: ignore[reportPossiblyUnboundVariable]
             return result

@@ -79,8 +79,9 @@ class Ledger(Protocol):
 class Ledgers(Protocol):
     """A ledger for each policy's and operation's name."""
 
-    def __getitem__(self, where: tuple[str, str], /) -> Ledger | None:
-        """Return the ledger; ``None`` if nobody listens."""
+    def __getitem__(self, where: tuple[str, str], /) -> Ledger:
+        """Return the ledger, one that is new if need be."""
+        ...
 
 
 class Counter(ABC):
@@ -213,10 +214,10 @@ class Reporter:
 
 @final
 class _Reporters:
-    """A reporter for each policy's and operation's name, while anybody listens."""
+    """A reporter for each policy's and operation's name."""
 
-    def __getitem__(self, where: tuple[str, str], /) -> Reporter | None:
-        return Reporter(*where) if current_subscriptions() else None
+    def __getitem__(self, where: tuple[str, str], /) -> Reporter:
+        return Reporter(*where)
 
 
 REPORTERS: Ledgers = _Reporters()
@@ -231,17 +232,13 @@ innermost: ContextVar[Subscription] = ContextVar("innermost", default=NOBODY)
 @enable_ki_protection
 def call_started(where: tuple[str, str]) -> None:
     """Tell whoever listens that a policy, of this name, is to call an operation of this name."""
-    ledger = innermost.get().ledgers[where]
-    if ledger is not None:
-        ledger.call_started()
+    innermost.get().ledgers[where].call_started()
 
 
 @enable_ki_protection
 def call_succeeded(where: tuple[str, str], duration: float) -> None:
     """Tell whoever listens now that such a call has succeeded."""
-    ledger = innermost.get().ledgers[where]
-    if ledger is not None:
-        ledger.call_succeeded(duration)
+    innermost.get().ledgers[where].call_succeeded(duration)
 
 
 @enable_ki_protection
