@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter as Counts
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from trio.lowlevel import enable_ki_protection
 
 from trio_resilience import _events as events
 from trio_resilience._algorithms._distinct import DistinctCounter
-from trio_resilience._algorithms._sketch import AT_ONCE, Sketch
+from trio_resilience._algorithms._sketch import AT_ONCE, Sketch, new_batch
 from trio_resilience._checks import integer
 from trio_resilience._engine._circuit import failure_of
 from trio_resilience._engine._policy import Policy
@@ -93,7 +94,7 @@ class _Series:
     operations: _Outcomes = attrs.field(factory=_Outcomes, init=False)
     only_attempts: int = 0
     """Attempts that have started together with their call, and are not counted elsewhere yet."""
-    only_attempts_succeeded: list[float] = attrs.field(factory=list[float], init=False)
+    only_attempts_succeeded: array[float] = attrs.field(factory=new_batch, init=False)
     """Seconds that such calls took which have succeeded; likewise."""
     attempts: int = 0
     attempts_succeeded: int = 0
@@ -141,7 +142,7 @@ class _Series:
 
     def add_up(self) -> None:
         """Let calls with an only attempt be calls and attempts."""
-        durations, self.only_attempts_succeeded = self.only_attempts_succeeded, []
+        durations, self.only_attempts_succeeded = self.only_attempts_succeeded, new_batch()
         self.attempts_succeeded += len(durations)
         self.calls.succeeded.observe_all(durations)
         self.calls.started += self.only_attempts

@@ -79,6 +79,11 @@ def _known(*values: float | None) -> list[float]:
     return [value for value in values if value is not None]
 
 
+def new_batch() -> array[float]:
+    """Return room for latencies that are to be sorted together."""
+    return array("d")
+
+
 @final
 @attrs.define(eq=False, repr=False)
 class Sketch:
@@ -87,7 +92,7 @@ class Sketch:
     They are sorted into the buckets many at a time, which is faster by several times.
     """
 
-    _pending: list[float] = attrs.field(factory=list[float], init=False)
+    _pending: array[float] = attrs.field(factory=new_batch, init=False)
     """Those that are in no bucket yet."""
     _total: float = attrs.field(default=0.0, init=False)
     _shortest: float = attrs.field(default=math.inf, init=False)
@@ -134,7 +139,7 @@ class Sketch:
             start = end
 
     def _sort_in(self) -> None:
-        pending, self._pending = self._pending, []
+        pending, self._pending = self._pending, new_batch()
         self.observe_all(pending)
 
     def _add(self, bucket: int, count: int) -> None:
