@@ -12,10 +12,14 @@ import trio
 from tests.operations import Gauge, Source, Stopwatch
 from trio_resilience import (
     BulkheadFullError,
+    Event,
     OperationsFailedError,
+    Rejected,
     RejectedError,
     map_with_limit,
     run_with_limit,
+    stream_with_limit,
+    subscribe,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +66,24 @@ async def test_items_of_a_map_are_refused_too() -> None:
     with pytest.raises(BulkheadFullError):
         await map_with_limit(None, gauge.run, range(6), max_concurrency=2, queue_size=3)
     assert gauge.started == []
+
+
+async def test_listeners_hear_of_the_refusal() -> None:
+    """Once for the whole job, of which nothing is run."""
+    heard: list[Event] = []
+    with subscribe(heard.append), pytest.raises(BulkheadFullError):
+        await run_with_limit(None, Gauge().ops(0, 0), max_concurrency=1, queue_size=0)
+    (event,) = heard
+    assert isinstance(event, Rejected)
+    assert (event.policy, event.operation) == ("run_with_limit", "run_with_limit")
+
+
+def test_outside_of_a_run_a_stream_is_refused_unheard() -> None:
+    """There is no clock to tell the time by."""
+    heard: list[Event] = []
+    with subscribe(heard.append), pytest.raises(BulkheadFullError):
+        stream_with_limit(None, Gauge().ops(0, 0), max_concurrency=1, queue_size=0)
+    assert heard == []
 
 
 async def test_unsized_operations_never_queue(autojump_clock: MockClock) -> None:

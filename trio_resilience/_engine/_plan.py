@@ -13,8 +13,10 @@ import trio
 from trio_resilience._checks import integer, one_of, operation, operations, seconds, sync_callback
 from trio_resilience._engine._permits import LimiterPermits, SharedBound
 from trio_resilience._engine._policy import Policy
+from trio_resilience._engine._report import report
 from trio_resilience._engine._source import size_of
 from trio_resilience._errors import BulkheadFullError
+from trio_resilience._events import Rejected
 
 OnError: TypeAlias = Literal["cancel", "continue", "collect"]
 
@@ -132,4 +134,6 @@ def _check_room(plan: Plan, items: object, queue_size: int) -> None:
     capacity = queue_size + (bound if isinstance(bound, int) else bound.total())
     size = size_of(items)
     if capacity < size < math.inf:
+        if trio.lowlevel.in_trio_task():  # a stream may be made elsewhere, where there is no clock
+            report(Rejected, policy=plan.kind, operation=plan.kind, retry_after=None)
         raise BulkheadFullError(plan.kind, capacity, size)
