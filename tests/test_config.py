@@ -403,6 +403,18 @@ def test_a_wrong_order_in_the_defaults_is_told_once() -> None:
     assert len(caught.value.errors) == 1
 
 
+def test_mistakes_in_layers_are_told_beside_one_in_their_order() -> None:
+    """Also those that a layer's options make only together."""
+    mine = {"layers": ["retri"], "breaker": {"min_calls": 200}, "rate_limit": True, "hedge": False}
+    with pytest.raises(ConfigError) as caught:
+        check_config({"policies": {"a": {**mine, "retry": {"max_attempts": 2}}, "b": {}}})
+    assert list(caught.value.errors) == [
+        "policies.a.layers.0: is no layer: 'retri'; did you mean `retry`?",
+        "policies.a.breaker: `min_calls` must be <= `window_calls` (100), got 200",
+        "policies.a.rate_limit: `rate` is required",
+    ]
+
+
 def test_all_mistakes_of_one_layer_are_told() -> None:
     """Those of a nested table, those of the whole, and names that are nowhere."""
     breaker = {"recovery_timeout": {"base_delay": 60}, "min_calls": 200}

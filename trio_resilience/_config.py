@@ -283,6 +283,7 @@ class _Reader:
         own = self.section(path, value)
         named = self.defaults.order if own.order is None else own.order
         if named == ():
+            self.check_alone(own)
             return None
         order = named or STANDARD
         self.check_places(own, order)
@@ -299,6 +300,13 @@ class _Reader:
         if not layers or None in layers:
             return None
         return PipelineConfig(name, tuple(layer for layer in layers if layer is not None))
+
+    def check_alone(self, own: _Section) -> None:
+        """Find what is wrong with each layer, where it is not known which there are."""
+        for kind in own.layers:
+            merged = self.merged(own, kind)
+            if merged is not False:
+                self.finish_layer(own, kind, {kind: merged}, order=[])
 
     def check_places(self, own: _Section, order: tuple[str, ...]) -> None:
         for kind, given in own.layers.items():
