@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -93,7 +94,17 @@ def test_every_mistake_is_a_line_on_stderr(capfd: Capture, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data, words", [(b"\xff", "is no UTF-8"), (b"[", "is no TOML"), (b"#" * 10**7, "at most")]
+    "data, words",
+    [
+        (b"\xff", "is no UTF-8"),
+        (b"[", "is no TOML"),
+        (b"#" * 10**7, "at most"),
+        (b"x = 1\nx = 2", "is no TOML"),
+        (b"\0", "is no TOML"),
+        (b"x = " + b"[" * 10**6, "nests more than"),
+        (b"policies.a.bulkhead = 0x" + b"f" * 900_000, "more than 64 bits"),
+    ],
+    ids=range(7),
 )
 def test_a_file_that_is_none_of_that_is_one_line(
     capfd: Capture, path: Path, data: bytes, words: str
@@ -105,6 +116,59 @@ def test_a_file_that_is_none_of_that_is_one_line(
     assert f"trio_resilience: {path}" in line
     assert words in line
     assert out == ""
+
+
+def test_six_mistakes_are_six_lines(capfd: Capture, path: Path) -> None:
+    """Of six kinds, each with its key path."""
+    path.write_text("""
+        [defaults]
+        retry = { max_attempts = 0 }
+        [policies.payments]
+        timeout = "abc"
+        breakr = {}
+        rate_limit = "0/s"
+        [policies.search]
+        breaker = { failure_rate = nan }
+        layers = ["retry", "retri"]
+    """)
+    assert main(["check", str(path)]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [line.split(": ")[1] for line in err.splitlines()] == [
+        "defaults.retry.max_attempts",
+        "policies.payments.timeout",
+        "policies.payments.breakr",
+        "policies.payments.rate_limit",
+        "policies.search.breaker.failure_rate",
+        "policies.search.layers.1",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "nothing"])
+def test_what_is_no_file_is_one_line(capfd: Capture, path: Path, kind: str) -> None:
+    """Nobody waits for who may write to a pipe."""
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "loop":
+        path.symlink_to(path)
+    assert main(["check", str(path)]) == 2
+    out, err = capfd.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith(f"trio_resilience: {path}: can't be read: ")
+    assert out == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, not any bytes are a name")
+def test_names_can_t_command_the_terminal(capfd: Capture, path: Path) -> None:
+    """What is not to be printed is escaped, in the file's own name, too."""
+    odd = path.with_name(os.fsdecode(b"\xff\x1b.toml"))
+    odd.write_text('policies."\\u001b[31m\\n" = {}')
+    assert main(["check", str(odd)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].endswith(r"/\udcff\x1b.toml")
+    assert lines[1] == r"└── \x1b[31m\n"
 
 
 def test_a_file_has_to_be_named(capfd: Capture) -> None:

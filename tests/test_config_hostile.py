@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import tracemalloc
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trio_resilience import ConfigError
+from trio_resilience import ConfigError, Registry
 from trio_resilience._config import MAX_NAMES, check_config
 from trio_resilience._config_mistakes import MAX_MISTAKES
 from trio_resilience._config_schema import LAYERS
@@ -54,12 +55,16 @@ def errors_of(data: bytes) -> tuple[str, ...]:
         (b"[defaults]\ntimeout = nan", "defaults.timeout: `seconds` must be >= 0, got nan"),
         (b"[defaults]\ntimeout = 2020-01-01", "defaults.timeout: `seconds` must be seconds or a"),
         (b"[defaults]\nretry.max_attempts = 1e400", "defaults.retry.max_attempts: `max_attempts`"),
-        (b"[defaults]\ntimeout = 0x" + b"f" * 10_000, "defaults.timeout: `seconds` must be a nu"),
+        (b"[defaults]\ntimeout = 0x" + b"f" * 10_000, "it.toml: is no TOML: an integer of 'time"),
+        (b"policies.a.bulkhead = 9223372036854775808", "it.toml: is no TOML: an integer of 'bulk"),
+        (b"policies.a.layers = [[-9223372036854775809]]", "it.toml: is no TOML: an integer of 'l"),
+        (b"policies.0xf = 0b" + b"1" * 900_000, "it.toml: is no TOML: an integer of '0xf' has "),
+        (b'"' + b"x" * 900_000 + b'" = 0o' + b"7" * 99, "it.toml: is no TOML: an integer of 'xx"),
         (b"[defaults]\ntimeout = '" + b"9" * 500_000 + b"s'", "defaults.timeout: `seconds` must"),
         (b"[[policies]]", "policies: must be a table, got [{}]"),
         (b"[policies]\n" + b'"' + b"a" * 900_000 + b'" = 1', "policies.'aaaaaaa"),
     ],
-    ids=range(24),
+    ids=range(28),
 )
 def test_one_clear_line(data: bytes, expected: str) -> None:
     """Of bounded length, without a traceback of the parser's."""
@@ -78,6 +83,25 @@ def test_dots_in_texts_comments_and_numbers_are_no_tables() -> None:
         y = [{"1.5, " * 40}]
     """
     assert parse_toml(text.encode(), "it.toml")["y"] == [1.5] * 40
+
+
+def test_the_largest_integers_are_no_mistake() -> None:
+    """Those that fit in 64 bits."""
+    found = parse_toml(b"x = [9223372036854775807, -9223372036854775808]", "it.toml")
+    assert found["x"] == [2**63 - 1, -(2**63)]
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"# nothing", b"\xef\xbb\xbf", b"[policies]\r\n"])
+def test_a_file_that_says_nothing_describes_nothing(data: bytes) -> None:
+    assert check_config(parse_toml(data, "it.toml")).pipelines == {}
+
+
+def test_a_mark_of_the_encoding_is_no_part_of_the_text() -> None:
+    """Editors of Windows write one; a second one is a mistake as any other."""
+    text = codecs.BOM_UTF8 + b"[policies.a]\r\ntimeout = 1\r\n"
+    assert list(check_config(parse_toml(text, "it.toml")).pipelines) == ["a"]
+    (line,) = errors_of(codecs.BOM_UTF8 + text)
+    assert line.startswith("it.toml: is no TOML: ")
 
 
 def test_a_file_of_ten_megabytes_is_not_read_whole(tmp_path: Path) -> None:
@@ -101,13 +125,26 @@ def test_a_file_may_be_as_large_as_the_bound(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name, words",
-    [("nowhere.toml", "No such file"), (".", "no regular file"), ("pipe", "no regular file")],
+    [
+        ("nowhere.toml", "No such file"),
+        (".", "no regular file"),
+        ("pipe", "no regular file"),
+        ("/dev/zero", "no regular file"),
+        ("loop", "symbolic links"),
+        ("x" * 5000, "name too long"),
+        ("a\0b", "null byte"),
+        ("\ud800", "surrogates not allowed"),
+    ],
+    ids=range(8),
 )
 def test_what_is_no_file_is_refused(tmp_path: Path, name: str, words: str) -> None:
-    """Nobody waits for what a pipe may bring."""
+    """Nobody waits for what a pipe may bring, or reads a device that has no end."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match=f"can't be read: .*{words}"):
-        read_toml(tmp_path / name)
+    (tmp_path / "loop").symlink_to("loop")
+    for load in (read_toml, Registry.load):
+        with pytest.raises(ConfigError, match=f"can't be read: .*{words}") as caught:
+            load(tmp_path / name)
+        assert len(caught.value.errors) == 1
 
 
 def test_of_very_many_mistakes_some_are_told() -> None:

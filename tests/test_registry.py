@@ -91,8 +91,10 @@ def test_a_name_that_is_required_must_be_there(config: Path) -> None:
     assert len(Registry.load(config, require=["payments"])) == 2
     with pytest.raises(ConfigError, match=r"^policies.mail: is required, but missing$"):
         Registry.load(config, require=["payments", "mail"])
-    with pytest.raises(TypeError, match="`require` must be a list of names, got 'mail'"):
-        Registry.load(config, require="mail")
+    names: Any
+    for names in ("mail", ["mail", 3]):
+        with pytest.raises(TypeError, match=r"`require` must be a list of names, got .*mail"):
+            Registry.load(config, require=names)
 
 
 def test_a_file_that_can_t_be_read_is_a_config_error(tmp_path: Path) -> None:

@@ -6,16 +6,19 @@ Whatever a file holds, to read it takes bounded time and memory, and comes to a 
 
 from __future__ import annotations
 
+import codecs
 import re
 import stat
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from trio_resilience._errors import ConfigError
 
 MAX_BYTES: Final = 1024 * 1024
 MAX_DEPTH: Final = 16
 """How deep tables may be within one another; ours go to five."""
+INTEGERS: Final = range(-(2**63), 2**63)
+"""Those that every reader of TOML knows."""
 MAX_LINE: Final = 200
 """Characters of a message."""
 
@@ -50,6 +53,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return parse_toml(_read(path), str(path))
     except OSError as error:
         raise ConfigError([f"{path}: can't be read: {error.strerror or error}"]) from error
+    except ValueError as error:  # a path that no system has, such as one with a NUL
+        raise ConfigError([f"{path!r}: can't be read: {error}"]) from None
 
 
 def parse_toml(data: bytes, name: str) -> dict[str, Any]:
@@ -57,7 +62,8 @@ def parse_toml(data: bytes, name: str) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise ConfigError([f"{name}: must have at most {MAX_BYTES} bytes"])
     try:
-        text = data.decode()
+        # Editors of Windows write a mark of the encoding first, which the parser knows nothing of.
+        text = data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError([f"{name}: line {line} is no UTF-8: {error.reason}"]) from None
@@ -65,9 +71,11 @@ def parse_toml(data: bytes, name: str) -> dict[str, Any]:
     import tomllib  # noqa: PLC0415 - dear to import for everybody; most have no file
 
     try:
-        return tomllib.loads(text)
+        found = tomllib.loads(text)
     except ValueError as error:  # a number of too many digits is one, too
         raise ConfigError([f"{name}: is no TOML: {one_line(str(error))}"]) from None
+    _check_integers(found, name)
+    return found
 
 
 def _read(path: Path) -> bytes:
@@ -88,6 +96,20 @@ def _check_depth(text: str, name: str) -> None:
         line += mark.count("\n")
         if max(depth, dots) > MAX_DEPTH:
             raise ConfigError([f"{name}: line {line + 1} nests more than {MAX_DEPTH} tables"])
+
+
+def _check_integers(found: object, name: str) -> None:
+    """Refuse an integer that TOML does not have, whose digits Python itself may refuse to tell."""
+    rest = [("", found)]
+    while rest:
+        key, value = rest.pop()
+        if isinstance(value, dict):
+            rest += cast("dict[str, object]", value).items()
+        elif isinstance(value, list):
+            rest += [(key, each) for each in cast("list[object]", value)]
+        elif isinstance(value, int) and value not in INTEGERS:
+            what = one_line(f"an integer of {key!r} has more than 64 bits")
+            raise ConfigError([f"{name}: is no TOML: {what}"])
 
 
 def one_line(text: str) -> str:

@@ -205,9 +205,10 @@ class Registry:
                 path.
             ModuleNotFoundError: cattrs is missing, which the extra ``config`` installs.
         """
-        if isinstance(require, str):
+        names: Any = None if isinstance(require, str) else list(require)
+        if names is None or not all(isinstance(each, str) for each in names):
             raise TypeError(f"`require` must be a list of names, got {require!r}")
-        return Registry(source, require, name)
+        return Registry(source, names, name)
 
     # --- the policies -----------------------------------------------------------------------------
 
@@ -432,6 +433,6 @@ def _stamp_of(source: object) -> Stamp:
         return None
     try:
         now = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return None  # to read it will tell why
     return now.st_mtime_ns, now.st_size, now.st_ino

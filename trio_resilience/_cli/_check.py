@@ -29,11 +29,11 @@ def run_check(path: Path) -> int:
     """Print the pipelines that the file at *path* describes, and return the exit status."""
     with mistakes_told():
         registry = Registry.load(path)
-    tree = Tree(Text(str(path)))
+    tree = Tree(_text(str(path)))
     for name, budget in registry.config.budgets.items():
-        _add_options(tree.add(Text(f"budget {name}")), cast("dict[str, object]", budget))
+        _add_options(tree.add(_text(f"budget {name}")), cast("dict[str, object]", budget))
     for name in registry:
-        _add_pipeline(tree.add(Text(name)), registry.config, registry[name])
+        _add_pipeline(tree.add(_text(name)), registry.config, registry[name])
     write_stdout(render(tree))
     return 0
 
@@ -53,12 +53,17 @@ def _add_pipeline(branch: Tree, config: Config, policy: RegisteredPolicy) -> Non
     for layer in config.pipelines[policy.name].layers:
         _add_options(branch.add(Text(layer.kind)), layer.options)
     for odd in policy.pipeline.advice():
-        branch.add(Text(f"advice: {odd.reason}"))
+        branch.add(_text(f"advice: {odd.reason}"))
 
 
 def _add_options(branch: Tree, options: Mapping[str, object]) -> None:
     for key, value in options.items():
-        branch.add(Text(f"{key} = {shown(value)}"))
+        branch.add(_text(f"{key} = {shown(value)}"))
+
+
+def _text(line: str) -> Text:
+    """Return *line* as a terminal can show it, which what is in a name might command."""
+    return Text(line if line.isprintable() else repr(line)[1:-1])
 
 
 def shown(value: object) -> str:

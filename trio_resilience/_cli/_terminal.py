@@ -47,7 +47,7 @@ def write_stdout(text: str) -> None:
     Past `sys.stdout`: the end of the interpreter runs into its buffer and its lock, so a broken
     pipe, or a thread that still waits for a slow reader, would be an error message there.
     """
-    rest = memoryview(text.encode())
+    rest = memoryview(text.encode(errors="backslashreplace"))
     while rest:
         rest = rest[os.write(sys.stdout.fileno(), rest) :]
 
