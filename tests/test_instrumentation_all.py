@@ -288,16 +288,24 @@ async def test_the_numbers_of_a_job_agree(autojump_clock: MockClock, watch: Watc
     assert found["operations", "refused"] == 1
 
 
-async def test_the_numbers_of_the_demo_agree(watch: Watch) -> None:
+@pytest.mark.parametrize(
+    "setting",
+    [Setting(20, 10, 1, "harsh", outage=0), Setting(40, 10, 1, "none", outage=1)],
+    ids=["harsh", "outage"],
+)
+async def test_the_numbers_of_the_demo_agree(watch: Watch, setting: Setting) -> None:
     """Its own client against its own server, with faults; attempts are first ones and retries."""
-    setting = Setting(requests=20, max_concurrency=10, seed=1, faults="harsh", outage=0)
     policy = make_policy(setting.max_concurrency, make_breaker())
-    run = Run(setting, FaultServer(setting.plan), policy, lambda: None)
-    await listen(watch, run)
+    server = FaultServer(setting.plan)
+    if setting.outage:
+        server = FaultServer(setting.plan, setting.make_outage())
+    await listen(watch, Run(setting, server, policy, lambda: None))
     found = watch.check()
     operations = {outcome: n for (name, outcome), n in found.items() if name == "operations"}
     assert sum(operations.values()) == setting.requests
     assert operations.get("failed", 0) == len(setting.scripted_failures)
+    if setting.outage:  # without one, a circuit may open all the same, when enough calls fail
+        assert found["calls", "refused"] >= found["rejections", ""] > 0
     attempts = sum(n for (name, _), n in found.items() if name == "attempts")
     calls_of_retries = sum(
         type(event) is AttemptStarted and event.attempt == 1 for event in watch.heard
