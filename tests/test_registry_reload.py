@@ -15,6 +15,7 @@ from trio_resilience import (
     Bulkhead,
     CircuitBreaker,
     CircuitOpenError,
+    CircuitState,
     ConfigError,
     Event,
     RateLimiter,
@@ -262,6 +263,73 @@ async def test_a_reload_with_a_thousand_calls_in_flight_loses_and_fails_none(
     assert (gauge.failed, gauge.cancelled) == ([], [])
     assert old.statistics().borrowed == 0
     assert layer(registry["a"], Bulkhead).max_concurrency == 70
+
+
+async def test_a_reload_that_fails_under_load_disturbs_nobody(
+    path: Path, autojump_clock: MockClock
+) -> None:
+    """A thousand calls in flight end as they would have, and so do new ones; an event says so."""
+    write(path, "policies.a.bulkhead = 100")
+    registry = Registry.load(path)
+    policy, gauge, heard = registry["a"], Gauge(), list[Event]()
+    before = policy.pipeline
+
+    async def call(index: int) -> None:
+        await policy.call(gauge.run, index, 0.1)
+
+    async with trio.open_nursery() as nursery:
+        for index in range(1000):
+            nursery.start_soon(call, index)
+        await wait_all_tasks_blocked()
+        write(path, "policies.a = { bulkhead = 0, retry.max_attempts = 0, timeut = 1 }")
+        with subscribe(heard.append), pytest.raises(ConfigError):
+            registry.reload()
+        nursery.start_soon(call, 1000)
+    assert policy.pipeline is before
+    assert sorted(gauge.finished) == list(range(1001))
+    assert (gauge.failed, gauge.cancelled) == ([], [])
+    (event,) = heard
+    assert isinstance(event, ConfigReloadFailed)
+    assert isinstance(event.error, ConfigError)
+    assert len(event.error.errors) == 3
+
+
+async def test_calls_in_flight_are_judged_by_a_circuit_that_stays(
+    path: Path, autojump_clock: MockClock
+) -> None:
+    """Those that began before the reload as well as those that begin after it; a probe, too."""
+    text = "policies.a = {{ breaker = {{ failure_threshold = 2 }}, retry = false, timeout = {} }}"
+    write(path, text.format(50))
+    registry = Registry.load(path)
+    policy, gauge = registry["a"], Gauge()
+    breaker, states = layer(policy, CircuitBreaker), list[CircuitState]()
+
+    async def fail(seconds: float) -> None:
+        with pytest.raises(OSError, match="down"):
+            await policy.call(gauge.run, 1, seconds, OSError("down"))
+
+    async def probe() -> None:
+        assert await policy.call(gauge.run, 2, 3) == 2
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fail, 2)
+        await wait_all_tasks_blocked()
+        write(path, text.format(40))
+        assert registry.reload() == ("a",)
+        assert breaker.statistics().in_flight == 1
+        nursery.start_soon(fail, 1)
+    assert layer(policy, CircuitBreaker) is breaker
+    states.append(breaker.state)
+    await trio.sleep(60)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(probe)
+        await wait_all_tasks_blocked()
+        write(path, text.format(30))
+        assert registry.reload() == ("a",)
+        with pytest.raises(CircuitOpenError):
+            await policy.call(returns, 1)
+    states.append(breaker.state)
+    assert states == [CircuitState.OPEN, CircuitState.CLOSED]
 
 
 # --- watching the file ----------------------------------------------------------------------------
