@@ -88,7 +88,8 @@ async def test_a_run_of_the_demo_adds_up(setting: Setting) -> None:
     circuit = snapshot.get("circuit")
     changes = 0 if circuit is None else circuit.transitions
     assert changes == len(listener.of(CircuitStateChanged)) == len(report.circuit)
-    assert (changes > 0) == (setting.outage > 0)
+    # Without an outage, a circuit opens when enough calls happen to fail one after the other.
+    assert changes > 0 or not setting.outage
 
     for policy, series in snapshot.items():
         own = Listener([event for event in listener.heard if event.policy == policy])
