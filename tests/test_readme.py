@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import io
 import re
+import tomllib
 from functools import partial
 from pathlib import Path
 
@@ -70,3 +71,21 @@ def virtual_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_example_does_what_the_readme_says(example: Example) -> None:
     """It runs without a warning, and prints what is shown."""
     example.evaluate()
+
+
+def test_every_extra_is_named() -> None:
+    """With what it is for; and no other."""
+    project = tomllib.loads(README.with_name("pyproject.toml").read_text())["project"]
+    section = README.read_text().split("### Extras")[1].split("\n#")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(project["optional-dependencies"])
+
+
+def test_every_link_within_leads_to_a_section() -> None:
+    text = README.read_text()
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    links = re.findall(r"\]\(#([^)]*)\)", text)
+    assert links
+    assert set(links) <= anchors
