@@ -97,6 +97,33 @@ def test_a_name_that_is_required_must_be_there(config: Path) -> None:
             Registry.load(config, require=names)
 
 
+def test_six_mistakes_are_six_errors_each_with_its_key_path(config: Path) -> None:
+    """From a file and from a mapping; and none of its policies is there."""
+    mapping: dict[str, object] = {
+        "defaults": {"retry": {"max_attempts": 0}},
+        "policies": {
+            "payments": {"timeout": "abc", "breakr": {}, "rate_limit": "0/s"},
+            "search": {"breaker": {"failure_rate": 1.5}, "layers": ["retry", "retri"]},
+        },
+    }
+    config.write_text("""
+        defaults.retry.max_attempts = 0
+        policies.payments = { timeout = "abc", breakr = {}, rate_limit = "0/s" }
+        policies.search = { breaker.failure_rate = 1.5, layers = ["retry", "retri"] }
+    """)
+    for source in (config, mapping):
+        with pytest.raises(ConfigError) as caught:
+            Registry.load(source)
+        assert [each.split(": ")[0] for each in caught.value.errors] == [
+            "defaults.retry.max_attempts",
+            "policies.payments.timeout",
+            "policies.payments.breakr",
+            "policies.payments.rate_limit",
+            "policies.search.breaker.failure_rate",
+            "policies.search.layers.1",
+        ]
+
+
 def test_a_file_that_can_t_be_read_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.toml: can't be read: No such file"):
         Registry.load(tmp_path / "nowhere.toml")
