@@ -1,7 +1,8 @@
 """``python -m benchmarks``: run benchmarks and print medians, ratios, and the bounds on them.
 
 A bound that is missed is shown, and changes nothing else: the exit status is that of a program that
-ran to its end. What the extra ``bench`` installs is left out where it is missing.
+ran to its end. What the extra ``bench`` installs is left out where it is missing, and so is what
+valgrind counts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from benchmarks import (
     bench_circuit_breaker,
     bench_concurrency,
     bench_import,
+    bench_instructions,
     bench_keys,
     bench_permits,
     bench_pipeline,
@@ -37,6 +39,7 @@ SUITE: dict[str, tuple[Benchmark, ...]] = {
     "pipeline": bench_pipeline.BENCHMARKS,
     "retry": bench_retry.BENCHMARKS,
     "stream": bench_stream.BENCHMARKS,
+    "instructions": bench_instructions.BENCHMARKS,
     "import": bench_import.BENCHMARKS,
 }
 

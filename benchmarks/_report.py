@@ -48,7 +48,7 @@ def _row(name: str, *columns: str) -> str:
 def _figures(results: Results) -> Iterator[str]:
     for case in results.benchmark.cases:
         if not (rounds := results.rounds.get(case.name)):
-            yield _row(case.name, "not run") + f"  (needs {case.package})"
+            yield _row(case.name, "not run") + f"  (needs {case.package or case.program})"
             continue
         for figure in rounds[0]:
             values = results.of(case.name, figure)

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -35,10 +36,14 @@ class Case:
     size: int = 20_000
     package: str = ""
     """What has to be installed for it, beside the dependencies of `trio_resilience`."""
+    program: str = ""
+    """What has to be found on the path for it."""
 
     @property
     def is_available(self) -> bool:
         """Whether it can run here."""
+        if self.program and shutil.which(self.program) is None:
+            return False
         return not self.package or importlib.util.find_spec(self.package) is not None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Never
@@ -17,12 +18,34 @@ from benchmarks._report import as_record, as_text
 from benchmarks._runner import ROOT, Benchmark, Bound, Case, Figures, Results
 from benchmarks._timing import MICROSECONDS, timed
 from benchmarks.bench_circuit_breaker import raise_further_in
+from benchmarks.bench_instructions import (
+    IDLE,
+    LISTENERS,
+    METRICS,
+    METRICS_SPREAD,
+    NOBODY,
+    POLICIES,
+    VALGRIND,
+    by_listener,
+    call,
+    clock_for,
+    instructions_of,
+)
 from benchmarks.bench_pipeline import bare, beyond_bare
 from benchmarks.bench_stream import ALLOCATED, AT_ONCE, TASKS, LiveTasks
-from trio_resilience import CircuitBreaker, CircuitOpenError, Retry, Timeout
+from trio_resilience import (
+    CircuitBreaker,
+    CircuitOpenError,
+    LatencySnapshot,
+    Metrics,
+    Retry,
+    Timeout,
+    subscribe,
+)
+from trio_resilience._engine._report import current_subscriptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Container, Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.exhaustive
@@ -32,7 +55,7 @@ IN_THIS_PROCESS = [
     pytest.param(case, id=f"{benchmark.name}: {case.name}")
     for benchmark in BENCHMARKS
     for case in benchmark.cases
-    if case.is_available and benchmark.name != "import"
+    if case.is_available and benchmark.name not in {"import", "instructions"}
 ]
 
 
@@ -138,6 +161,73 @@ async def test_a_policy_costs_what_it_takes_beyond_the_operation(
     assert await beyond_bare(fns, 4) == 3 * (3.0 - 0.25) * 4
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("listener", LISTENERS)
+async def test_the_calls_whose_instructions_count_are_made(
+    policy: str, listener: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as are asked for, and somebody listens to each of them unless nobody is to."""
+    somebody_listens = list[bool]()
+
+    async def succeed() -> None:
+        await trio.lowlevel.checkpoint()
+        somebody_listens.append(bool(current_subscriptions()))
+
+    monkeypatch.setattr("benchmarks.bench_instructions.succeed", succeed)
+    await call(policy, listener, 7)
+    assert somebody_listens == [listener != NOBODY] * 7
+
+
+@pytest.mark.parametrize("listener, buckets", [(METRICS, {1}), (METRICS_SPREAD, range(100, 764))])
+def test_durations_whose_account_is_counted_are_the_same_in_every_run(
+    listener: str, buckets: Container[int]
+) -> None:
+    """Alike, or spread over many of the buckets that `Metrics` sorts them into."""
+    first, second = (trio.run(durations, 640, clock=clock_for(listener)) for _ in range(2))
+    assert first.total == second.total
+    assert first.buckets == second.buckets
+    assert len(first.buckets) in buckets
+
+
+async def durations(count: int) -> LatencySnapshot:
+    """What `Metrics` finds out about the durations of so many calls."""
+    metrics = Metrics()
+    with subscribe(metrics):
+        await call("Retry", NOBODY, count)
+    [series] = metrics.snapshot().series
+    return series.calls.succeeded
+
+
+def test_only_the_instructions_of_further_calls_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the start, nor of the first calls; and then they are compared."""
+    each = {NOBODY: 40, METRICS: 90, METRICS_SPREAD: 110, IDLE: 200}
+
+    def instructions_of(command: list[str]) -> int:
+        *_, listener, count = command
+        return 800_000_000 + each[listener] * int(count)
+
+    monkeypatch.setattr("benchmarks.bench_instructions.instructions_of", instructions_of)
+    assert by_listener("Retry", 1_000) == {
+        **each,
+        f"{METRICS} / {NOBODY}": 90 / 40,
+        f"{METRICS_SPREAD} / {NOBODY}": 110 / 40,
+        f"{IDLE} / {NOBODY}": 200 / 40,
+    }
+
+
+@pytest.mark.skipif(shutil.which(VALGRIND) is None, reason="needs valgrind")
+def test_instructions_are_those_that_a_program_executes() -> None:
+    """Four times the work adds four times as many."""
+
+    def looping(count: int) -> int:
+        # Not "-I": strings would hash differently each time, which is a tenth of the difference.
+        return instructions_of([sys.executable, "-Sc", f"for _ in range({count}): pass"])
+
+    start, few, many = looping(0), looping(10_000), looping(40_000)
+    assert few - start > 10_000
+    assert (many - start) / (few - start) == pytest.approx(4, rel=0.1)
+
+
 def test_a_contender_that_does_not_do_its_work_has_no_time() -> None:
     """Returning early would look fast."""
 
@@ -220,6 +310,15 @@ def test_a_peer_that_is_missing_is_said_to_be() -> None:
     text = as_text(results(compared(bound), ours=[4.0]))
     assert "(needs no_such_package)" in text
     assert text.endswith("  not measured")
+
+
+def test_a_program_that_is_missing_is_said_to_be() -> None:
+    """Its case is left out."""
+    case = Case("ours", unmeasured, program="no_such_program")
+    benchmark = Benchmark(module="m", name="n", about="", cases=(case,), bounds=())
+    found = _runner.run(benchmark, rounds=1)
+    assert found.rounds == {}
+    assert "(needs no_such_program)" in as_text(found)
 
 
 def python_m_benchmarks(*arguments: str) -> str:

@@ -7,6 +7,8 @@ relative-error guarantees", PVLDB 12 (2019).
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from math import exp, floor, log
 from typing import Final, final
 
@@ -36,6 +38,15 @@ class Buckets:
     def top_of(self, bucket: int) -> float:
         """Return what all latencies of a bucket stay below."""
         return exp(bucket * self._log_growth)
+
+    def counts_of(self, ordered: Sequence[float]) -> Iterator[tuple[int, int]]:
+        """Yield the buckets of latencies that are in order, and how many there are in each."""
+        start, number = 0, len(ordered)
+        while start < number:
+            bucket = self.bucket_of(ordered[start])
+            end = bisect_left(ordered, exp(bucket * self._log_growth), start + 1)
+            yield bucket, end - start
+            start = end
 
     def middle_of(self, bucket: int) -> float:
         """Return what no latency of a bucket is far from, seen from that latency."""

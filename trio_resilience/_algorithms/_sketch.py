@@ -22,7 +22,7 @@ from trio_resilience._records import Record, record
 BUCKETS: Final = Buckets(1.04)
 """The middle of one is within two per cent of all that it holds."""
 
-AT_ONCE: Final = 64
+AT_ONCE: Final = 256
 """How many latencies are sorted into buckets together."""
 
 
@@ -131,36 +131,23 @@ class Sketch:
         self._total += sum(ordered)
         self._shortest = min(self._shortest, ordered[0])
         self._longest = max(self._longest, ordered[-1])
-        start = 0
-        while start < len(ordered):
-            bucket = BUCKETS.bucket_of(ordered[start])
-            end = bisect_left(ordered, BUCKETS.top_of(bucket), start + 1)
-            self._add(bucket, end - start)
-            start = end
+        self._make_room(BUCKETS.bucket_of(ordered[0]), BUCKETS.bucket_of(ordered[-1]))
+        for bucket, count in BUCKETS.counts_of(ordered):
+            try:
+                self._counts[bucket - self._first] += count
+            except OverflowError:
+                self._counts = array("Q", self._counts)
+                self._counts[bucket - self._first] += count
 
     def _sort_in(self) -> None:
         pending, self._pending = self._pending, new_batch()
         self.observe_all(pending)
 
-    def _add(self, bucket: int, count: int) -> None:
-        place = bucket - self._first
-        if not 0 <= place < len(self._counts):
-            place = self._make_room(place)
-        try:
-            self._counts[place] += count
-        except OverflowError:
-            self._counts = array("Q", self._counts)
-            self._counts[place] += count
-
-    def _make_room(self, place: int) -> int:
-        """Extend the counts to a place before or behind them; return where it is then."""
-        zeros = array(self._counts.typecode, [0])
+    def _make_room(self, first: int, last: int) -> None:
+        """Extend the counts, before or behind them, to these buckets."""
         if not self._counts:
-            self._first, self._counts = self._first + place, zeros
-            return 0
-        if place < 0:
-            self._first += place
-            self._counts = zeros * -place + self._counts
-            return 0
-        self._counts.extend(zeros * (place + 1 - len(self._counts)))
-        return place
+            self._first = first
+        zeros = array(self._counts.typecode, [0])
+        self._counts = zeros * (self._first - first) + self._counts
+        self._first = min(self._first, first)
+        self._counts.extend(zeros * (last + 1 - self._first - len(self._counts)))
