@@ -274,11 +274,15 @@ class Retry(Policy[Never]):
             began = now()
         try:
             result = await (pending := fn(*args))
-        except BaseException as error:
-            failed = self._first_failed(error, fn, pending, name, began)
-            if failed is None:
+        except Exception as error:
+            again = self._first_failed(error, fn, pending, name, began)
+            if again is None:
                 raise
-            call = failed
+            call = again
+        except BaseException as error:
+            if began is not None:
+                self._first_failed(error, fn, pending, name, began)
+            raise
         else:
             if self.budget is not None:
                 self.budget.success()
