@@ -429,9 +429,10 @@ class Metrics(Counter):
 
     def snapshot(self) -> MetricsSnapshot:
         """Return what was counted until now; works outside a run too."""
+        # Lists, for another thread may ask while this one counts something new.
         return MetricsSnapshot(
             time=trio.current_time() if trio.lowlevel.in_trio_run() else None,
-            series=tuple(series.snapshot(*names) for names, series in self._all.items()),
+            series=tuple(series.snapshot(*names) for names, series in list(self._all.items())),
             circuits=tuple(self._circuit_snapshots()),
             policies=tuple(each for policy in self._live() for each in _snapshots_of(policy)),
             merged_operations=self._all.merged.estimate(),
@@ -443,7 +444,7 @@ class Metrics(Counter):
         return f"<Metrics: {counted} operations under {policies} policies at {id(self):#x}>"
 
     def _circuit_snapshots(self) -> Iterator[CircuitSnapshot]:
-        for policy, circuit in self._all.circuits.items():
+        for policy, circuit in list(self._all.circuits.items()):
             last = circuit.last
             if last is not None:
                 yield CircuitSnapshot(
