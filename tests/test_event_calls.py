@@ -18,6 +18,7 @@ from trio_resilience import (
     Fallback,
     Hedge,
     Keyed,
+    Metrics,
     Pipeline,
     Policy,
     RateLimiter,
@@ -209,6 +210,30 @@ async def test_a_listener_may_stop_the_program(
     with subscribe(_stop), pytest.raises(KeyboardInterrupt):
         await policy.call(take, 1)
     assert await policy.call(take, 1) == "result"
+
+
+@each_policy
+@pytest.mark.parametrize("listener", [Metrics(), Calls()], ids=["counts", "listens"])
+def test_an_operation_is_open_to_ctrl_c(
+    make: Callable[[], Policy[Any]], listener: Callable[[Event], object]
+) -> None:
+    """As it is while nobody listens; a further attempt too."""
+    seen: list[bool] = []
+
+    async def op() -> None:
+        seen.append(trio.lowlevel.currently_ki_protected())
+        await trio.lowlevel.checkpoint()
+        if len(seen) == 1:
+            raise OSError
+
+    async def main() -> None:
+        policy = Pipeline(Retry(backoff=Constant(0)), make())
+        await policy.call(op)
+        await Retry(backoff=Constant(0)).call(op)
+
+    with subscribe(listener):
+        trio.run(main)
+    assert seen == [False] * 3
 
 
 async def test_nobody_hears_of_what_is_elsewhere() -> None:
