@@ -604,12 +604,13 @@ async def test_without_an_sdk_nothing_is_changed(autojump_clock: MockClock) -> N
     async def load() -> None:
         seen.append(otel_context.get_current())
 
-    with subscribe(OpenTelemetryListener()):
-        await Pipeline(Retry(), Timeout(1)).call(load)
-        await run_with_limit(None, [load], policy=Retry())
-        await busy_job()
+    for provider in (None, trace.NoOpTracerProvider()):
+        with subscribe(OpenTelemetryListener(tracer_provider=provider)):
+            await Pipeline(Retry(), Timeout(1)).call(load)
+            await run_with_limit(None, [load], policy=Retry())
+            await busy_job()
     assert all(context == before for context in seen)
-    assert len(seen) == 2
+    assert len(seen) == 4
 
 
 def test_the_api_alone_is_enough() -> None:

@@ -54,6 +54,26 @@ async def test_a_lower_rate_serves_the_line_later(autojump_clock: MockClock) -> 
     assert list(crowd.let_in.values()) == [0.1, 0.2, *[round(0.75 + n, 6) for n in range(8)]]
 
 
+async def test_a_lower_rate_may_be_too_low_for_who_waits(autojump_clock: MockClock) -> None:
+    """It gives up when its time is over, though others are before it; and those go on."""
+    limiter = RateLimiter(1, max_wait=10)
+    patient = RateLimiter.all_of(limiter, RateLimiter(1))
+    limiter.acquire_nowait()
+
+    async def lower() -> None:
+        await trio.sleep(0.5)
+        limiter.rate = 0.01
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(patient.acquire)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(lower)
+        with pytest.raises(RateLimitExceededError):
+            await limiter.acquire()
+        assert round(trio.current_time(), 6) == 10
+    assert round(trio.current_time(), 6) == 50.5
+
+
 async def test_the_rate_may_change_again_and_again(autojump_clock: MockClock) -> None:
     """What counts is the area below the rate: so many tokens have come."""
     limiter = RateLimiter(1, burst=2)
